@@ -198,7 +198,7 @@ class ActionStats:
 
         Clips to [-1, 1] ("mean_std" does not), adds 1e-8 to the range, and sets dims that are constant in the dataset
         to 0; masked dims pass through (unless constant). This is the original's asymmetry: `unnormalize` does none
-        of these, so what training clipped does not come back, and a constant dim comes back as the middle of its range.
+        of these, so what training clipped does not come back, and a constant dim comes back as its range's middle.
 
         Args:
             actions: `(…, A)` finite, physical units.
@@ -206,12 +206,11 @@ class ActionStats:
         Returns float64 `(…, A)`.
         """
         actions = self._check(actions)
-        scaled = 2.0 * (actions - self.low) / (self.high - self.low + 1e-8) - 1.0
         if self.scheme == "mean_std":
-            middle, half = (self.low + self.high) / 2.0, (self.high - self.low) / 2.0
-            scaled = (actions - middle) / (half + 1e-8)
+            mean, std = (self.low + self.high) / 2.0, (self.high - self.low) / 2.0
+            scaled = (actions - mean) / (std + 1e-8)
         else:
-            scaled = np.clip(scaled, -1.0, 1.0)
+            scaled = np.clip(2.0 * (actions - self.low) / (self.high - self.low + 1e-8) - 1.0, -1.0, 1.0)
         return np.where(self.constant, 0.0, np.where(self.mask, scaled, actions))
 
     def unnormalize(self, actions: np.ndarray) -> np.ndarray:

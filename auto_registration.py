@@ -86,5 +86,9 @@ def _with_released_name(config_class, processor_class, released_name: str) -> li
     """Released files name their processor class; Auto classes look it up by that name among those registered."""
     from transformers import PretrainedConfig
 
-    alias = type(released_name, (processor_class,), {"__module__": processor_class.__module__})
+    namespace = {
+        "__module__": processor_class.__module__,
+        "__new__": lambda cls, *args, **kw: processor_class(*args, **kw),
+    }
+    alias = type(released_name, (processor_class,), namespace)
     return [(config_class, processor_class), (type(f"{released_name}Config", (PretrainedConfig,), {}), alias)]

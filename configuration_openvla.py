@@ -139,13 +139,14 @@ class OpenVLAConfig(PretrainedConfig):
     """Configuration of an OpenVLA policy. Fields up to `norm_stats` are those of released `config.json` files.
 
     Args:
-        vision_backbone_id: one of `VISION_BACKBONES`, or any name when `timm_model_ids` and `timm_model_args` are given.
+        vision_backbone_id: one of `VISION_BACKBONES`, or any name with `timm_model_ids` and `timm_model_args`.
         llm_backbone_id: one of `LLM_BACKBONES`, or any name when `text_config` gives every size.
         arch_specifier: projector kind, as the original names it: `…gelu-mlp` (2 layers) or `…fused-gelu-mlp` (3).
         use_fused_vision_backbone: two towers; derived from `vision_backbone_id`.
         image_resize_strategy: how the processor makes images square: one of `RESIZE_STRATEGIES`.
         text_config: configuration of the language model; missing Llama keys mean the 7B values above.
-        norm_stats: `{unnorm_key: {"action": {"q01": [A], "q99": [A], "mask": [A], …}, "proprio": {…}}}`; physical units.
+        norm_stats: `{unnorm_key: {"action": {"q01": [A], "q99": [A], "mask": [A], …}, "proprio": {…}}}`, in physical
+            units.
         n_action_bins: bin edges over [-1, 1]; the last `n_action_bins` ids of the tokenizer vocabulary are actions.
         timm_model_ids: tower architectures, first `featurizer`, then `fused_featurizer`.
         image_sizes: pixels per tower.
@@ -160,7 +161,8 @@ class OpenVLAConfig(PretrainedConfig):
         action_bins: `{"edges": [A][n_action_bins], "centers": [A][n_action_bins - 1]}` for bins of equal population
             (see `ActionTokenizer.fit`); None: uniform bins.
         action_vocab_size: one past the highest action id; None: the language model's vocabulary less its padding.
-        prompt_end_token_id: id that must end every prompt; None for vocabularies that have none. Default: "▁" for Llama.
+        prompt_end_token_id: id that must end every prompt, None for vocabularies without one; -1: "▁" for Llama, else
+            None.
         image_token_id: placeholder id of one image patch; a row of the padded embedding table no text token uses.
     """
 
@@ -211,8 +213,8 @@ class OpenVLAConfig(PretrainedConfig):
         known_ids, known_size = VISION_BACKBONES.get(vision_backbone_id, (None, None))
         if known_ids is None and timm_model_ids is None:
             raise ValueError(
-                f"Unknown vision_backbone_id {vision_backbone_id!r}: use one of {sorted(VISION_BACKBONES)}, or describe "
-                "the towers with `timm_model_ids`, `image_sizes` and `timm_model_args`."
+                f"Unknown vision_backbone_id {vision_backbone_id!r}: use one of {sorted(VISION_BACKBONES)}, or "
+                "describe the towers with `timm_model_ids`, `image_sizes` and `timm_model_args`."
             )
         self.timm_model_ids = list(timm_model_ids or known_ids)
         self.image_sizes = list(image_sizes or [known_size or 224] * len(self.timm_model_ids))
@@ -221,7 +223,8 @@ class OpenVLAConfig(PretrainedConfig):
         self.use_fused_vision_backbone = len(self.timm_model_ids) == 2
         if use_fused_vision_backbone not in (None, self.use_fused_vision_backbone):
             raise ValueError(
-                f"use_fused_vision_backbone={use_fused_vision_backbone} contradicts timm_model_ids={self.timm_model_ids}."
+                f"use_fused_vision_backbone={use_fused_vision_backbone} contradicts timm_model_ids="
+                f"{self.timm_model_ids}."
             )
         self.arch_specifier = arch_specifier
         self.image_resize_strategy = image_resize_strategy
@@ -325,7 +328,7 @@ class OpenVLAConfig(PretrainedConfig):
 
     @property
     def prompt_template(self) -> str | None:
-        """The prompt the policy was trained with, `{instruction}` to be filled in; None if the config does not tell."""
+        """The prompt of training with `{instruction}` to be filled in; None if the config does not tell."""
         if self.llm_backbone_id.startswith("vicuna"):
             return VICUNA_PROMPT
         return PURE_PROMPT if self.llm_backbone_id.endswith(("-pure", "phi-2-3b")) else None

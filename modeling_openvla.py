@@ -29,7 +29,7 @@ from transformers import AutoModel, BitsAndBytesConfig, GenerationMixin, PreTrai
 from transformers import __version__ as transformers_version
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple, cached_file
+from transformers.utils import ModelOutput, cached_file, can_return_tuple
 
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
 from .configuration_openvla import OpenVLAConfig, VisionTowerConfig
@@ -143,7 +143,7 @@ class VisionBlock(GradientCheckpointingLayer):
 
 
 class VisionTransformer(nn.Module):
-    """One tower up to its second-to-last block, with timm's parameter names. `(B, 3, S, S)` -> `(B, patches, width)`."""
+    """A tower up to its second-to-last block, with timm's parameter names: `(B, 3, S, S)` -> `(B, patches, width)`."""
 
     def __init__(self, tower: VisionTowerConfig):
         super().__init__()
@@ -677,7 +677,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     def _pack_prompts(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
-        """Any accepted prompts as left-padded rows with placeholders and trailing token; mask None if none is padded."""
+        """Any accepted prompts as left-padded rows with placeholders and trailing token; mask None: no padding."""
         input_ids = torch.atleast_2d(torch.as_tensor(input_ids))
         if attention_mask is not None:
             attention_mask = torch.atleast_2d(torch.as_tensor(attention_mask))

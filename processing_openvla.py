@@ -228,7 +228,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Loads a processor; what released files do not declare (prompt, patches, cameras) comes from `config.json`."""
+        """Loads a processor; what old files do not declare (prompt, patches, cameras) comes from `config.json`."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         hub_kwargs = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {key: kwargs[key] for key in hub_kwargs if key in kwargs}

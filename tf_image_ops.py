@@ -39,7 +39,7 @@ def _lanczos3_weights(size: int, new_size: int) -> np.ndarray:
 def center_crop(image: np.ndarray, area: float, height: int, width: int) -> np.ndarray:
     """The central `area` (0.9: sides of 0.949) stretched to `(height, width)`, as the original does at test time.
 
-    Bit-equal to `tf.image.crop_and_resize` (bilinear, no antialias) followed by `convert_image_dtype(…, saturate=True)`.
+    Bit-equal to `tf.image.crop_and_resize` (bilinear, no antialias) and `convert_image_dtype(…, saturate=True)`.
     """
     if not 0.0 < area <= 1.0:
         raise ValueError(f"The crop's share of the area must lie in (0, 1], got {area}.")
