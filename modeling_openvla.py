@@ -236,6 +236,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _checkpoint_conversion_mapping = CHECKPOINT_RENAMES  # peft reads it to load adapters made for the original
 
     def __init__(self, config: OpenVLAConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -291,7 +292,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         )
         return loaded
 
-    # transformers 4.57 applies renames only to its own models: the two hooks below do it there.
+    # transformers 4.57 applies renames only to its own models: the three hooks below do it there.
+    def load_adapter(self, *args, **kwargs):
+        if _TRANSFORMERS_4:
+            kwargs["adapter_kwargs"] = {"key_mapping": CHECKPOINT_RENAMES, **(kwargs.get("adapter_kwargs") or {})}
+        return super().load_adapter(*args, **kwargs)
+
     def _get_key_renaming_mapping(self, checkpoint_keys, key_mapping=None, *unused_flags, **unused_kwargs):
         is_base = not hasattr(self, "lm_head")
         return super()._get_key_renaming_mapping(

@@ -163,7 +163,7 @@ class OpenVLAImageProcessor(BaseImageProcessor):
                 resized, previous = self._resize(image, size, _INTERPOLATIONS[interpolation]), (size, interpolation)
                 pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
             channels.append((pixels - mean) / std)
-        return np.concatenate(channels)
+        return np.ascontiguousarray(np.concatenate(channels))
 
     def _letterbox(self, image: Image.Image) -> Image.Image:
         fill = self.tvf_letterbox_fill or [int(value * 255) for value in self.means[-1]]
