@@ -214,7 +214,7 @@ class ActionStats:
         return np.where(self.constant, 0.0, np.where(self.mask, scaled, actions))
 
     def unnormalize(self, actions: np.ndarray) -> np.ndarray:
-        """[-1, 1] -> physical units (metres, radians, gripper 1 = open for OpenVLA's own datasets).
+        """[-1, 1] -> the dataset's units (metres and radians in bridge_orig; gripper 1 = open).
 
         Args:
             actions: `(…, A)` finite; masked dims pass through.
@@ -250,3 +250,25 @@ def _finite(values: np.ndarray, name: str) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError(f"{name} must be finite, got {values[~np.isfinite(values)][0]} among shape {values.shape}.")
     return values
+
+
+# Deltas of the end effector, then the gripper: the convention of OpenVLA's own mixture of datasets.
+_END_EFFECTOR = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+_METRIC = ("bridge_orig", "fractal20220817_data")  # others hold controller commands, millimetres, …
+
+
+def name_action_dims(norm_stats: dict, unnorm_key: str) -> list[tuple[str, str]]:
+    """`(name, unit)` per action dim of a dataset.
+
+    Taken from `norm_stats[unnorm_key]["action"]["names"]` and `["units"]` if it declares them. Otherwise seven dims of
+    which only the last is masked are taken for OpenVLA's end-effector convention (gripper 1 = open), with metres and
+    radians only for datasets known to use them, and anything else is just numbered.
+    """
+    stats = norm_stats[unnorm_key]["action"]
+    dim = len(next(stats[name] for name in ("q01", "min", "mean") if name in stats))
+    if "names" in stats:
+        return list(zip(stats["names"], stats.get("units", [""] * dim)))
+    if dim != 7 or list(stats.get("mask", [])) != [True] * 6 + [False]:
+        return [(f"action {index}", "") for index in range(dim)]
+    length, angle = ("m", "rad") if unnorm_key in _METRIC else ("dataset units", "dataset units")
+    return list(zip(_END_EFFECTOR, [length] * 3 + [angle] * 3 + ["1 = open"]))

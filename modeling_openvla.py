@@ -550,7 +550,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         strict: bool = False,
         return_dict: bool = False,
     ) -> np.ndarray | dict:
-        """The action for each observation, in physical units, from the same tokens as the original's.
+        """The action for each observation, in the units of its dataset, from the same tokens as the original's.
 
         Args:
             input_ids: `(B, L)` or `(L,)` from the processor; rows may be padded on either side, and lack
@@ -564,7 +564,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return_dict: return `{"actions", "token_ids", "log_probs", "replaced"}` instead of the actions alone.
 
         Returns float64 `(A,)` for one observation and a one-step policy, `(T, A)` for an action chunk, with a leading
-        batch axis for more than one observation: metres, radians, gripper 1 = open for OpenVLA's own datasets.
+        batch axis for more than one observation, in the units of the dataset `unnorm_key`: metres and radians in
+        bridge_orig, whatever the controller took elsewhere; gripper 1 = open.
 
         Source: Kim et al. 2024 (arXiv:2406.09246), sec. 3.2.
         """

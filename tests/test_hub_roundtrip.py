@@ -66,7 +66,13 @@ def test_both_transformers_lines_rename_alike(exported, model):
 
 
 def test_the_folder_holds_its_code_and_a_complete_auto_map(exported):
-    for name in ("configuration_openvla", "modeling_openvla", "processing_openvla", "action_tokenizer", "tf_image_ops"):
+    for name in (
+        "configuration_openvla",
+        "modeling_openvla",
+        "processing_openvla",
+        "action_tokenizer",
+        "tf_image_ops",
+    ):
         assert (exported / f"{name}.py").exists(), name
     auto_map = json.loads((exported / "config.json").read_text())["auto_map"]
     assert {"AutoConfig", "AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq"} <= set(auto_map)
@@ -293,8 +299,6 @@ def test_an_old_lora_adapter_has_its_full_effect(way, checkpoint, fresh_model, o
 def test_image_text_to_text_pipeline(model, processor, recorded, images, golden):
     pipe = transformers.pipeline("image-text-to-text", model=model, processor=processor)
     entry = recorded["inputs"][0]
-    (answer,) = pipe(
-        text=entry["prompt"], images=images[0], max_new_tokens=7, return_full_text=False
-    )
+    (answer,) = pipe(text=entry["prompt"], images=images[0], max_new_tokens=7, return_full_text=False)
     characters = processor.tokenizer.decode(entry["action_ids"])
     assert answer["generated_text"].strip() == characters.strip()

@@ -1,0 +1,42 @@
+"""The `openvla` command: one verb per job, each a module with its own `main(argv)`."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "predict": ("openvla.serve.predict", "act once: image + instruction -> action"),
+    "doctor": ("openvla.evaluate.doctor", "check that a checkpoint sees, listens and has sane statistics"),
+    "bench": ("openvla.evaluate.bench", "milliseconds per action, measured side by side"),
+}
+
+
+def usage() -> str:
+    verbs = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: openvla [--traceback] COMMAND …\n\n{verbs}\n\nopenvla COMMAND --help shows examples and options."
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. Errors of the user's making end in one line and status 1; `--traceback` shows where from."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    traceback = "--traceback" in argv
+    argv = [argument for argument in argv if argument != "--traceback"]
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        print(importlib.import_module("openvla").__version__)
+        return
+    if argv[0] not in COMMANDS:
+        sys.exit(f"openvla: unknown command {argv[0]!r}\n\n{usage()}")
+    command = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        command.main(argv[1:])
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if traceback:
+            raise
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        sys.exit(f"openvla {argv[0]}: {message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Acts once: image and instruction in, action out.
+
+openvla predict --model openvla/openvla-7b --image frame.png --instruction "pick up the cup" --unnorm-key bridge_orig
+openvla predict --model runs/my-robot --image http://camera.local/frame.jpg --instruction "open the drawer" --json
+openvla predict --model runs/my-robot --image front.png wrist.png --instruction "open the drawer" --strict
+"""
+
+import argparse
+import json
+
+
+def parser() -> argparse.ArgumentParser:
+    description, _, examples = __doc__.partition("\n\n")
+    arguments = argparse.ArgumentParser(
+        "openvla predict",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    arguments.add_argument("--model", required=True, metavar="PATH_OR_ID", help="folder or Hub id of a checkpoint")
+    arguments.add_argument(
+        "--image", required=True, nargs="+", metavar="FILE_OR_URL", help="one per camera, in the policy's order"
+    )
+    arguments.add_argument("--instruction", required=True, help='what to do, such as "pick up the cup"')
+    arguments.add_argument("--unnorm-key", help="dataset whose statistics give the units; optional if there is one")
+    arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
+    arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
+    arguments.add_argument("--strict", action="store_true", help="fail if the model prefers a token that is no action")
+    arguments.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    return arguments
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+
+    import torch
+
+    from openvla.action_tokenizer import name_action_dims, resolve_unnorm_key
+    from openvla.loading import load
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    revision = {"revision": args.revision} if args.revision else {}
+    model, processor = load(args.model, dtype=args.dtype, **revision)
+    unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)  # before the slow part
+    model = model.to(device)
+    inputs = processor(processor.build_prompt(args.instruction), args.image).to(device)
+    result = model.predict_action(**inputs, unnorm_key=unnorm_key, strict=args.strict, return_dict=True)
+
+    dims = name_action_dims(model.norm_stats, unnorm_key)
+    chunk = result["actions"].reshape(-1, len(dims))  # (T, A)
+    if args.json:
+        answer = {"action": result["actions"].tolist(), "unnorm_key": unnorm_key, "dims": dims}
+        answer |= {"token_ids": result["token_ids"][0].tolist(), "replaced": result["replaced"][0].tolist()}
+        print(json.dumps(answer))
+        return
+    print(f'{args.model} · {unnorm_key} · "{args.instruction}"\n')
+    steps = "".join(f"{f'step {step}' if len(chunk) > 1 else 'value':>12}" for step in range(len(chunk)))
+    print(f"{'dim':<12}{steps}  unit")
+    for index, (name, unit) in enumerate(dims):
+        print(f"{name:<12}{''.join(f'{value:>12.6f}' for value in chunk[:, index])}  {unit}")

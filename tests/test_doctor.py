@@ -1,0 +1,97 @@
+import json
+
+import pytest
+import torch
+
+from openvla.evaluate import doctor
+
+
+def report(model, processor, **kwargs) -> dict[str, doctor.Check]:
+    return {check.name: check for check in doctor.diagnose(model, processor, **kwargs)}
+
+
+def failed(checks: dict[str, doctor.Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.status == doctor.FAILED}
+
+
+def test_a_healthy_policy(model, processor):
+    checks = report(model, processor)
+    assert not failed(checks) and doctor.is_fit(list(checks.values()))
+    assert {"versions", "weights", "tokens", "prompt", "image", "instruction", "repeatable"} <= set(checks)
+    assert checks["image"].status == checks["instruction"].status == checks["action tokens"].status == doctor.OK
+    assert {"statistics bridge_orig", "statistics toy_robot", "statistics toy_nomask_6d"} <= set(checks)
+
+
+def test_a_policy_that_ignores_the_image(fresh_model, processor, monkeypatch):
+    patches = torch.zeros(1, 256, 128)
+    monkeypatch.setattr(fresh_model.model, "get_image_features", lambda pixels: patches.expand(len(pixels), -1, -1))
+    checks = report(fresh_model, processor)
+    assert failed(checks) == {"image"} and "ignored" in checks["image"].detail
+
+
+def test_a_policy_that_ignores_the_instruction(model, processor, monkeypatch):
+    monkeypatch.setattr(type(processor), "build_prompt", lambda self, instruction: "In: do it\nOut:")
+    assert failed(report(model, processor)) == {"instruction"}
+
+
+def test_generation_that_loses_the_image(fresh_model, processor, monkeypatch):
+    # what the original code does on transformers 4.50 and later
+    generate = type(fresh_model).generate
+
+    def forgetful(self, inputs=None, **kwargs):
+        kwargs["pixel_values"] = torch.zeros_like(kwargs["pixel_values"])
+        return generate(self, inputs, **kwargs)
+
+    monkeypatch.setattr(type(fresh_model), "generate", forgetful)
+    assert failed(report(fresh_model, processor)) == {"action tokens"}
+
+
+def test_broken_weights(fresh_model, processor):
+    with torch.no_grad():
+        fresh_model.model.projector.fc2.bias[3] = float("nan")
+    checks = report(fresh_model, processor)
+    assert failed(checks) == {"weights"} and "model.projector.fc2.bias" in checks["weights"].detail
+
+
+@pytest.mark.parametrize(
+    "statistics, status, detail",
+    [
+        (None, "failed", "no action statistics"),
+        ({"robot": {"action": {"q01": [0.0, 0.0], "q99": [0.0, 0.0]}}}, "failed", "nothing can move"),
+        ({"robot": {"action": {"q01": [0.0, -1.0], "q99": [0.0, 1.0]}}}, "warning", r"dims [0] have no range"),
+        ({"robot": {"action": {"q01": [0.0, -1.0], "q99": [1.0]}}}, "failed", "lengths differ"),
+        ({"robot": {"action": {"mean": [0.0]}}}, "failed", "lacks ['q01', 'q99']"),
+    ],
+)
+def test_bad_statistics(fresh_model, statistics, status, detail):
+    fresh_model.norm_stats = statistics
+    (check,) = doctor.check_statistics(fresh_model, None)
+    assert check.status == status and detail in check.detail
+
+
+def test_an_unknown_key(model):
+    (check,) = doctor.check_statistics(model, "bridge")
+    assert check.status == doctor.FAILED and "bridge_orig" in check.detail
+
+
+def test_processor_and_model_that_do_not_fit(model, processor, monkeypatch):
+    monkeypatch.setattr(processor, "num_patches", 255)
+    checks = report(model, processor)
+    assert failed(checks) == {"tokens"} and "makes 255 placeholders, the model needs 256" in checks["tokens"].detail
+
+
+def test_a_policy_whose_tokens_are_no_actions_gets_a_warning(fresh_model, processor):
+    with torch.no_grad():
+        fresh_model.lm_head.weight[31744:32000] *= 0.01
+    checks = report(fresh_model, processor)
+    assert checks["action tokens"].status == doctor.WARNING and "were no actions" in checks["action tokens"].detail
+
+
+def test_command(checkpoint, tmp_path, capsys):
+    doctor.main([str(checkpoint), "--json"])
+    assert {check["status"] for check in json.loads(capsys.readouterr().out)} == {"ok"}
+    doctor.main([str(checkpoint), "--unnorm-key", "toy_robot"])
+    assert capsys.readouterr().out.endswith("fit to act\n")
+    with pytest.raises(SystemExit) as stop:
+        doctor.main([str(checkpoint), "--unnorm-key", "bridge"])
+    assert stop.value.code == 1 and "NOT fit to act" in capsys.readouterr().out
