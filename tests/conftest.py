@@ -3,7 +3,7 @@
 import io
 import json
 import os
-import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,11 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import openvla
 
 FIXTURES = Path(__file__).parent / "fixtures"
+sys.path.insert(0, str(FIXTURES))
+
+from assemble import assemble  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -39,23 +42,8 @@ def images(recorded, golden) -> list[Image.Image]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """`tiny-openvla` as the original's converter writes it: two bf16 shards, index, dead `auto_map`. Do not write."""
-    parts, folder = FIXTURES / "tiny-openvla", tmp_path_factory.mktemp("checkpoint") / "tiny-openvla"
-    shutil.copytree(parts, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    llm = load_file(parts / "llm.safetensors")
-    rows, values = llm.pop("embed_tokens.rows"), llm.pop("embed_tokens.values")
-    head = torch.cat([load_file(parts / f"lm_head_{part}.safetensors")["values"] for part in (0, 1)])
-    table = torch.zeros_like(head)
-    table[rows] = values
-    towers = load_file(parts / "featurizer_projector.safetensors") | load_file(parts / "fused_featurizer.safetensors")
-    llm |= {"language_model.model.embed_tokens.weight": table, "language_model.lm_head.weight": head}
-    weight_map = {}
-    for number, shard in enumerate((towers, llm), start=1):
-        name = f"model-{number:05d}-of-00002.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    size = sum(tensor.nbytes for tensor in (towers | llm).values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny-openvla"
+    assemble(folder)
     return folder
 
 

@@ -208,10 +208,8 @@ def test_generate_equals_predict_action(model, recorded, golden, images, process
     assert as_dict.sequences.tolist() == generated.tolist()
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_attention_implementations_agree(checkpoint, recorded, inputs, golden, implementation):
-    if implementation == "flex_attention" and not torch.cuda.is_available():
-        pytest.skip("flex attention is compiled, which takes minutes on a CPU")
     model = openvla.OpenVLAForActionPrediction.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation=implementation
     ).eval()

@@ -1,0 +1,59 @@
+# make demo    set up and act once, without any download
+# make test    set up and run the tests on the newest transformers; test-v4: on 4.57.6; test-all: both
+# make check   lint and formatting
+# make bench   milliseconds per action
+# make test-slow, make test-bite: slower checks; the latter plants mistakes and shows which tests notice
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN = .venv/bin
+BIN_V4 = .venv-v4/bin
+
+.PHONY: demo test test-v4 test-all test-slow test-bite check format bench clean
+
+# torch comes first: asked for along with the rest, pip may replace it by another build
+.venv/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q -e ".[dev]" "transformers>=5"
+	touch $@
+
+.venv-v4/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-v4
+	$(BIN_V4)/pip install -q $(TORCH)
+	$(BIN_V4)/pip install -q -e ".[dev]" "transformers==4.57.6"
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python tests/fixtures/assemble.py runs/tiny-openvla
+	$(BIN)/openvla doctor runs/tiny-openvla
+	$(BIN)/openvla predict --model runs/tiny-openvla --image runs/tiny-openvla/example.png \
+		--instruction "pick up the black bowl between the plate and the ramekin and place it on the plate" \
+		--unnorm-key bridge_orig
+
+test: .venv/ready
+	$(BIN)/python -m pytest -m "not slow and not gpu and not network"
+
+test-v4: .venv-v4/ready
+	$(BIN_V4)/python -m pytest -m "not slow and not gpu and not network"
+
+test-all: test test-v4
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m "slow"
+
+test-bite: .venv/ready
+	$(BIN)/python tests/plant_mistakes.py
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/ready
+	$(BIN)/openvla bench --json bench.json
+
+clean:
+	rm -rf .venv .venv-v4 build runs *.egg-info

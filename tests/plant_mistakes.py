@@ -1,0 +1,92 @@
+"""Plants one mistake at a time in a copy of the package and shows which tests notice: `make test-bite`.
+
+Token ids alone notice few of these: the recorded checkpoint's margins are wide. The tensor comparisons must.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# what -> (file, text, replacement)
+MISTAKES = {
+    "tanh GELU in the towers": ("modeling_openvla.py", "else F.gelu(x)", 'else F.gelu(x, approximate="tanh")'),
+    "rms_norm_eps 1e-5": ("configuration_openvla.py", '"rms_norm_eps": 1e-6', '"rms_norm_eps": 1e-5'),
+    "LayerNorm eps 1e-5": ("configuration_openvla.py", "norm_eps: float = 1e-6", "norm_eps: float = 1e-5"),
+    "bilinear resize": (
+        "processing_openvla.py",
+        '"bicubic": Image.Resampling.BICUBIC',
+        '"bicubic": Image.Resampling.BILINEAR',
+    ),
+    "last block not skipped": ("modeling_openvla.py", "range(tower.depth - 1)", "range(tower.depth)"),
+    "tower statistics swapped": ("processing_openvla.py", "self._normalizations)", "self._normalizations[::-1])"),
+    "SigLIP before DINOv2": (
+        "modeling_openvla.py",
+        "torch.cat([patches, self.fused_featurizer(images[:, 3:])], dim=2)",
+        "torch.cat([self.fused_featurizer(images[:, 3:]), patches], dim=2)",
+    ),
+    "trailing token forgotten": ("modeling_openvla.py", "row.append(end_id)", "pass"),
+    "1e-8 in unnormalize": (
+        "action_tokenizer.py",
+        "0.5 * (actions + 1.0) * (self.high - self.low)",
+        "0.5 * (actions + 1.0) * (self.high - self.low + 1e-8)",
+    ),
+    "one bin off": ("action_tokenizer.py", "self.vocab_end - ids - 1", "self.vocab_end - ids"),
+    "padding attended to": (
+        "modeling_openvla.py",
+        "[0] * (length - len(row)) + [1]",
+        "[1] * (length - len(row)) + [1]",
+    ),
+}
+
+
+def main() -> None:
+    unnoticed = []
+    for mistake, (file, text, replacement) in MISTAKES.items():
+        with tempfile.TemporaryDirectory() as parent:
+            copy = Path(parent) / "openvla"
+            ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "*.egg-info")
+            shutil.copytree(ROOT, copy, ignore=ignored)
+            source = (copy / file).read_text()
+            if text not in source:
+                sys.exit(f"{mistake}: {text!r} is no longer in {file}")
+            (copy / file).write_text(source.replace(text, replacement))
+            # The copy's folder is named openvla, and comes first on the path.
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-rf",
+                "-m",
+                "not slow",
+                "-p",
+                "no:cacheprovider",
+                "tests",
+            ]
+            command += [f"--deselect=tests/test_{name}.py" for name in ("cli", "doctor", "hub_roundtrip")]
+            environment = {
+                "PYTHONPATH": parent,
+                "PATH": "/usr/bin:/bin",
+                "HF_HUB_OFFLINE": "1",
+                "HOME": str(Path.home()),
+            }
+            done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+        failures = sorted(
+            {re.sub(r"\[.*", "", name) for name in re.findall(r"^FAILED tests/(\S+)", done.stdout, re.M)}
+        )
+        print(f"{mistake}: {len(failures)} tests fail")
+        for failure in failures:
+            print(f"    {failure}")
+        if not failures:
+            unnoticed.append(mistake)
+            print(done.stdout[-1000:], done.stderr[-1000:])
+    if unnoticed:
+        sys.exit(f"unnoticed: {unnoticed}")
+
+
+if __name__ == "__main__":
+    main()
