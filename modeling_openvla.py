@@ -750,13 +750,12 @@ def _keep_towers_unquantized(quantization_config):
 
 
 def _merge_dataset_statistics(path: str, norm_stats: dict | None, hub_kwargs: dict) -> dict | None:
-    file = cached_file(
-        path,
-        "dataset_statistics.json",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub_kwargs,
-    )
+    name = "dataset_statistics.json"
+    try:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    except OSError as error:  # offline, and never asked for before
+        logger.warning("Cannot tell whether %s has a %s (%s); using config.norm_stats alone.", path, name, error)
+        return norm_stats
     if file is None:
         return norm_stats
     with open(file, encoding="utf-8") as stream:

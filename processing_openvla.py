@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
-from .configuration_openvla import LLAMA_SPACE_TOKEN, PURE_PROMPT, RESIZE_STRATEGIES, OpenVLAConfig
+from .configuration_openvla import RESIZE_STRATEGIES, OpenVLAConfig
 from .tf_image_ops import center_crop, jpeg_round_trip, lanczos3_resize
 
 IMAGE_TOKEN = "<image>"
@@ -196,8 +196,8 @@ class OpenVLAProcessor(ProcessorMixin):
     Args:
         image_processor: `OpenVLAImageProcessor`.
         tokenizer: fast tokenizer of the language model; `<image>` is added as its next free id.
-        prompt_template: prompt with `{instruction}` to be filled in.
-        prompt_end_token_id: id that ends every prompt ("▁" for Llama); None for vocabularies without one.
+        prompt_template: prompt with `{instruction}` to be filled in; None: `build_prompt` raises.
+        prompt_end_token_id: id that ends every prompt ("▁", 29871, for Llama); None: there is none.
         num_patches: image placeholders per camera.
         num_cameras: images per observation.
     """
@@ -211,8 +211,8 @@ class OpenVLAProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
-        prompt_template: str = PURE_PROMPT,
-        prompt_end_token_id: int | None = LLAMA_SPACE_TOKEN,
+        prompt_template: str | None = None,
+        prompt_end_token_id: int | None = None,
         num_patches: int = 256,
         num_cameras: int = 1,
         chat_template: str | None = None,
@@ -233,13 +233,18 @@ class OpenVLAProcessor(ProcessorMixin):
         hub_kwargs = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {key: kwargs[key] for key in hub_kwargs if key in kwargs}
         declared, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
-        if "prompt_template" not in declared:
+        if "num_patches" not in declared:
             config_dict, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
             config = OpenVLAConfig.from_dict(config_dict)
-            processor.prompt_template = config.prompt_template
-            processor.prompt_end_token_id = config.prompt_end_token_id
-            processor.num_patches = config.num_image_tokens // config.num_cameras
-            processor.num_cameras = config.num_cameras
+            from_config = {
+                "prompt_template": config.prompt_template,
+                "prompt_end_token_id": config.prompt_end_token_id,
+                "num_patches": config.num_image_tokens // config.num_cameras,
+                "num_cameras": config.num_cameras,
+            }
+            for name, value in from_config.items():
+                if name not in kwargs:
+                    setattr(processor, name, value)
         return processor
 
     def save_pretrained(self, save_directory, **kwargs):

@@ -26,6 +26,12 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
     arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
+    arguments.add_argument(
+        "--center-crop-area",
+        type=float,
+        metavar="SHARE",
+        help="0.9 for policies fine-tuned with random crops (LIBERO); default: as the checkpoint declares",
+    )
     arguments.add_argument("--strict", action="store_true", help="fail if the model prefers a token that is no action")
     arguments.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return arguments
@@ -44,7 +50,8 @@ def main(argv: list[str]) -> None:
     model, processor = load(args.model, dtype=args.dtype, **revision)
     unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)  # before the slow part
     model = model.to(device)
-    inputs = processor(processor.build_prompt(args.instruction), args.image).to(device)
+    crop = {} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}
+    inputs = processor(processor.build_prompt(args.instruction), args.image, **crop).to(device)
     result = model.predict_action(**inputs, unnorm_key=unnorm_key, strict=args.strict, return_dict=True)
 
     dims = name_action_dims(model.norm_stats, unnorm_key)

@@ -159,12 +159,13 @@ def test_bad_configs_raise(arguments, message):
         OpenVLAConfig(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [OPENVLA_7B, {}, {"llm_backbone_id": "phi-2-3b", "prompt_end_token_id": None}])
+@pytest.mark.parametrize("arguments", [OPENVLA_7B, {}, {"llm_backbone_id": "phi-2-3b"}, {"prompt_end_token_id": None}])
 def test_json_round_trip(arguments, tmp_path):
     config = OpenVLAConfig(**arguments)
     config.save_pretrained(tmp_path)
     again = OpenVLAConfig.from_pretrained(tmp_path)
     assert again.to_dict() == config.to_dict()
+    assert again.prompt_end_token_id == config.prompt_end_token_id
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert auto_map["AutoModelForImageTextToText"] == "modeling_openvla.OpenVLAForActionPrediction"
     assert auto_map["AutoModelForVision2Seq"] == "modeling_openvla.OpenVLAForActionPrediction"

@@ -1,5 +1,8 @@
+import functools
 import hashlib
+import http.server
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -133,6 +136,17 @@ def test_gray_images_and_paths(tmp_path):
     assert (np.asarray(to_pil(tmp_path / "photo.png")) == PHOTO).all()
 
 
+def test_urls(tmp_path):
+    Image.fromarray(PHOTO).save(tmp_path / "photo.png")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert (np.asarray(to_pil(f"http://127.0.0.1:{server.server_port}/photo.png")) == PHOTO).all()
+    finally:
+        server.shutdown()
+
+
 @pytest.mark.parametrize(
     "image, message",
     [
@@ -230,6 +244,17 @@ def test_bad_calls_raise(processor):
         processor(PHOTO, prompt)
     with pytest.raises(ValueError, match=r"1 observation\(s\) of 1 image\(s\)"):
         processor(prompt, [PHOTO, PHOTO])
+
+
+def test_what_a_vocabulary_does_not_have_stays_away(processor, tmp_path):
+    plain = openvla.OpenVLAProcessor(processor.image_processor, processor.tokenizer)
+    assert plain.prompt_template is None and plain.prompt_end_token_id is None
+    with pytest.raises(ValueError, match="does not say which prompt"):
+        plain.build_prompt("go")
+    plain.save_pretrained(tmp_path)
+    again = openvla.OpenVLAProcessor.from_pretrained(tmp_path)  # transformers 5 leaves None out of its files
+    assert again.prompt_template is None and again.prompt_end_token_id is None
+    assert again("Out:", PHOTO)["input_ids"][0, -1] != 29871
 
 
 def test_the_image_token_decodes_and_saving_keeps_every_id(processor, tmp_path, recorded):
