@@ -170,7 +170,10 @@ class ActionStats:
             raise ValueError(f"norm_stats[{key!r}][{entry!r}] lacks {missing}, needed for {scheme!r}.")
         first, second = (np.asarray(stats[name], dtype=np.float64) for name in needed[scheme])
         low, high = (first - second, first + second) if scheme == "mean_std" else (first, second)
-        mask = np.asarray(stats.get("mask", np.ones(low.shape)), dtype=bool)
+        mask = np.asarray(stats.get("mask", np.ones(low.shape, dtype=bool)))
+        if mask.dtype != bool and not np.isin(mask, (0, 1)).all():
+            raise ValueError(f"norm_stats[{key!r}][{entry!r}]: mask must hold true and false, got {mask.tolist()}.")
+        mask = mask.astype(bool)
         # Without minimum and maximum nothing is known to be constant, as in statistics made for inference only.
         constant = np.zeros(low.shape, dtype=bool)
         if "min" in stats and "max" in stats:

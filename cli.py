@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     command = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         command.main(argv[1:])
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if traceback:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error

@@ -160,10 +160,12 @@ class OpenVLAConfig(PretrainedConfig):
         action_normalization: which statistics map [-1, 1] to physical units: one of `ACTION_NORMALIZATIONS`.
         action_bins: `{"edges": [A][n_action_bins], "centers": [A][n_action_bins - 1]}` for bins of equal population
             (see `ActionTokenizer.fit`); None: uniform bins.
-        action_vocab_size: one past the highest action id; None: the language model's vocabulary less its padding.
+        action_token_end: one past the highest action id (32000 for Llama-2): id `end - k` is bin k, from 1 to
+            n_action_bins. None: the language model's vocabulary less its padding.
         prompt_end_token_id: id that must end every prompt, None for vocabularies without one; -1: "▁" for Llama, else
             None.
-        image_token_id: placeholder id of one image patch; a row of the padded embedding table no text token uses.
+        pad_token_id, image_token_id: padding, and the placeholder of one image patch: rows of the padded embedding
+            table that no text token uses. None: the first two behind the actions (32000 and 32001 for Llama-2).
     """
 
     model_type = "openvla"
@@ -185,7 +187,7 @@ class OpenVLAConfig(PretrainedConfig):
         image_resize_strategy: str = "letterbox",
         text_config: dict | PretrainedConfig | None = None,
         llm_max_length: int = 2048,
-        pad_token_id: int = 32000,
+        pad_token_id: int | None = None,
         pad_to_multiple_of: int = 64,
         output_projector_states: bool = False,
         norm_stats: dict | None = None,
@@ -203,9 +205,9 @@ class OpenVLAConfig(PretrainedConfig):
         num_cameras: int = 1,
         action_normalization: str = "q99",
         action_bins: dict | None = None,
-        action_vocab_size: int | None = None,
+        action_token_end: int | None = None,
         prompt_end_token_id: int | None = -1,
-        image_token_id: int = 32001,
+        image_token_id: int | None = None,
         **kwargs,
     ):
         # 1. Vision: an explicit tower list wins over the one the id implies.
@@ -244,14 +246,18 @@ class OpenVLAConfig(PretrainedConfig):
         if text_config is None:
             # As the original's converter resizes: the tokenizer's vocabulary plus one block of padding rows.
             text_config = {"model_type": llm_type, "vocab_size": tokenizer_vocab + pad_to_multiple_of}
-            text_config |= {"pad_token_id": pad_token_id, **sizes}
+            text_config |= {"pad_token_id": tokenizer_vocab if pad_token_id is None else pad_token_id, **sizes}
         if isinstance(text_config, dict):
             text_type = text_config.get("model_type", llm_type or "llama")
             if text_type == "llama":
                 text_config = {**_LLAMA_7B, **text_config}
             text_config = CONFIG_MAPPING[text_type](**{k: v for k, v in text_config.items() if k != "model_type"})
         self.text_config = text_config
-        self.image_token_id = image_token_id
+        if action_token_end is None:  # fixed here: a resized embedding table must not move the actions
+            action_token_end = text_config.vocab_size - pad_to_multiple_of
+        self.action_token_end = action_token_end
+        pad_token_id = action_token_end if pad_token_id is None else pad_token_id
+        self.image_token_id = action_token_end + 1 if image_token_id is None else image_token_id
         if prompt_end_token_id == -1:
             prompt_end_token_id = LLAMA_SPACE_TOKEN if text_config.model_type == "llama" else None
         self.prompt_end_token_id = prompt_end_token_id
@@ -267,7 +273,6 @@ class OpenVLAConfig(PretrainedConfig):
         self.num_cameras = num_cameras
         self.action_normalization = action_normalization
         self.action_bins = action_bins
-        self.action_vocab_size = action_vocab_size
 
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(pad_token_id=pad_token_id, **kwargs)
@@ -318,13 +323,6 @@ class OpenVLAConfig(PretrainedConfig):
     def num_image_tokens(self) -> int:
         """Placeholders per observation: patches of one camera times cameras."""
         return self.vision_towers[0].num_patches * self.num_cameras
-
-    @property
-    def action_token_end(self) -> int:
-        """One past the highest action id (32000 for Llama-2): id `end - k` is bin `k`, k = 1 … n_action_bins."""
-        if self.action_vocab_size is not None:
-            return self.action_vocab_size
-        return self.text_config.vocab_size - self.pad_to_multiple_of
 
     @property
     def prompt_template(self) -> str | None:

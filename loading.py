@@ -1,5 +1,7 @@
 """`openvla.load`: a policy and its processor from any OpenVLA checkpoint, in one line and by this package's code."""
 
+import json
+
 
 def load(pretrained_model_name_or_path: str, **kwargs):
     """Loads model and processor of a Hub id or a folder, whatever code the repository itself points to.
@@ -12,12 +14,20 @@ def load(pretrained_model_name_or_path: str, **kwargs):
 
     Returns `(OpenVLAForActionPrediction in eval mode, OpenVLAProcessor)`.
     """
+    from transformers.utils import cached_file
+
     from openvla.modeling_openvla import OpenVLAForActionPrediction
     from openvla.processing_openvla import OpenVLAProcessor
 
     shared = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-    processor = OpenVLAProcessor.from_pretrained(
-        pretrained_model_name_or_path, **{key: kwargs[key] for key in shared if key in kwargs}
-    )
+    shared = {key: kwargs[key] for key in shared if key in kwargs}
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    adapter = cached_file(pretrained_model_name_or_path, "adapter_config.json", **optional, **shared)
+    if adapter is None:
+        processor = OpenVLAProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
+    else:  # a LoRA adapter: the model comes with its base, and so does the processor
+        with open(adapter, encoding="utf-8") as file:
+            base = json.load(file)["base_model_name_or_path"]
+        processor = OpenVLAProcessor.from_pretrained(base, **{k: v for k, v in shared.items() if k != "revision"})
     model = OpenVLAForActionPrediction.from_pretrained(pretrained_model_name_or_path, **kwargs)
     return model.eval(), processor

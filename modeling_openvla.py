@@ -19,6 +19,7 @@ import glob
 import json
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -179,16 +180,18 @@ class OpenVLAVisionBackbone(nn.Module):
         super().__init__()
         towers = config.vision_towers
         self.num_cameras = config.num_cameras
+        self.image_size = towers[0].image_size
         self.embed_dim = sum(tower.embed_dim for tower in towers)
         self.featurizer = VisionTransformer(towers[0])
         self.fused_featurizer = VisionTransformer(towers[1]) if len(towers) == 2 else None
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         channels = 3 if self.fused_featurizer is None else 6
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels * self.num_cameras:
+        expected = (channels * self.num_cameras, self.image_size, self.image_size)
+        if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
             raise ValueError(
-                f"Expected pixel_values (B, {channels * self.num_cameras}, S, S) for {self.num_cameras} camera(s), "
-                f"got {tuple(pixel_values.shape)}."
+                f"Expected floating-point pixel_values {('B', *expected)} for {self.num_cameras} camera(s), got "
+                f"{pixel_values.dtype} {tuple(pixel_values.shape)}: pass images through the processor."
             )
         pixel_values = pixel_values.to(self.featurizer.patch_embed.proj.weight.dtype)
         images = pixel_values.reshape(-1, channels, *pixel_values.shape[2:])  # (B·C, 3·N, S, S)
@@ -266,36 +269,58 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, and three things that would otherwise go wrong in silence.
+        """`PreTrainedModel.from_pretrained`, and four things that would otherwise go wrong in silence.
 
-        bitsandbytes leaves `UNQUANTIZED_MODULES` alone unless `llm_int8_skip_modules` says otherwise; a
-        `dataset_statistics.json` beside the weights, as the original's fine-tuning writes it, is merged into
-        `config.norm_stats` and wins over it; folders with the original's separate action head files are refused.
+        Weights that are missing or of another shape raise instead of being drawn at random (unless
+        `output_loading_info` asks for the report, or `ignore_mismatched_sizes` allows it). bitsandbytes leaves
+        `UNQUANTIZED_MODULES` alone unless `llm_int8_skip_modules` says otherwise. A `dataset_statistics.json` beside
+        the weights, which the original's fine-tuning writes, replaces `config.norm_stats`, as in the original's
+        deployment. OpenVLA-OFT policies are refused.
         """
+        if pretrained_model_name_or_path is None:  # a state_dict is given instead
+            return super().from_pretrained(None, *args, **kwargs)
         path = str(pretrained_model_name_or_path)
-        if heads := glob.glob(os.path.join(glob.escape(path), "action_head--*.pt")):
-            raise ValueError(
-                f"{path} holds an OpenVLA-OFT policy ({os.path.basename(heads[0])}): it needs bidirectional attention "
-                "and its own action head, and would act wrongly as a plain OpenVLA."
-            )
+        hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
+        _refuse_oft(path, hub_kwargs)
         for flag in ("load_in_4bit", "load_in_8bit"):  # removed in transformers 5, still passed by old scripts
             if kwargs.pop(flag, False):
                 kwargs["quantization_config"] = BitsAndBytesConfig(**{flag: True})
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _keep_towers_unquantized(kwargs["quantization_config"])
 
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        model.config.norm_stats = _merge_dataset_statistics(
-            path, model.config.norm_stats, {key: kwargs[key] for key in hub_keys if key in kwargs}
+        report_wanted = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        return loaded
+        missing = sorted(key for key in report["missing_keys"] if ".lora_" not in key)  # those start as no-ops
+        mismatched = [] if kwargs.get("ignore_mismatched_sizes") else list(report["mismatched_keys"])
+        if (missing or mismatched) and not report_wanted:
+            raise ValueError(
+                f"{path} lacks {len(missing)} tensors ({', '.join(missing[:3])} …) and has {len(mismatched)} of "
+                f"another shape ({mismatched[:2]}): a policy with random parts must not act."
+            )
+        model.config.norm_stats = _dataset_statistics(path, hub_kwargs, model.config.norm_stats)
+        return (model, report) if report_wanted else model
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """`PreTrainedModel.save_pretrained` in the released layout, with `dataset_statistics.json` for older tools."""
+        if self.config.norm_stats is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            path = os.path.join(save_directory, "dataset_statistics.json")
+            with open(path + ".tmp", "w", encoding="utf-8") as file:
+                json.dump(self.config.norm_stats, file, indent=2)
+            os.replace(path + ".tmp", path)
+        if not hasattr(self, "lm_head") and not _TRANSFORMERS_4:  # the base model alone has names of its own there
+            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs |= {"state_dict": self._fix_state_dict_keys_on_save(state_dict), "save_original_format": False}
+        super().save_pretrained(save_directory, **kwargs)
 
     # transformers 4.57 applies renames only to its own models: the three hooks below do it there.
     def load_adapter(self, *args, **kwargs):
         if _TRANSFORMERS_4:
-            kwargs["adapter_kwargs"] = {"key_mapping": CHECKPOINT_RENAMES, **(kwargs.get("adapter_kwargs") or {})}
+            options = dict(kwargs.get("adapter_kwargs") or {})
+            kwargs["adapter_kwargs"] = {**options, "key_mapping": options.get("key_mapping") or CHECKPOINT_RENAMES}
         return super().load_adapter(*args, **kwargs)
 
     def _get_key_renaming_mapping(self, checkpoint_keys, key_mapping=None, *unused_flags, **unused_kwargs):
@@ -444,7 +469,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last n positions (0: all) or for an index tensor of positions.
         """
         if pixel_values is not None and input_ids is not None and self._lacks_placeholders(input_ids):
-            input_ids, attention_mask, labels = self.expand_image_tokens(input_ids, attention_mask, labels)
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                pixel_values = None  # a later step of a caller that always passes the image: it is in the cache
+            else:
+                input_ids, attention_mask, labels = self.expand_image_tokens(input_ids, attention_mask, labels)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -480,6 +508,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         """
         mask = self._complete_mask(input_ids, attention_mask)
         count = self.config.num_image_tokens
+        for row, attended in zip(input_ids.tolist(), mask.tolist()):
+            self._refuse_foreign_placeholders([token for token, keep in zip(row, attended) if keep])
         first = mask.argmax(dim=1, keepdim=True)  # (B, 1)
         position = torch.arange(input_ids.shape[1] + count, device=input_ids.device).expand(len(input_ids), -1)
         is_image = (position > first) & (position <= first + count)
@@ -505,7 +535,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         output = super().generate(**kwargs)
         if legacy:
             sequences = output if isinstance(output, torch.Tensor) else output.sequences
-            text = sequences[sequences != self.config.image_token_id].reshape(len(sequences), -1)
+            kept = kwargs["input_ids"] != self.config.image_token_id  # (B, L + P)
+            kept = kept.repeat_interleave(len(sequences) // len(kept), dim=0)
+            prompts, answers = sequences[:, : kept.shape[1]], sequences[:, kept.shape[1] :]
+            text = torch.cat([prompts[kept].reshape(len(sequences), -1), answers], dim=1)
             if isinstance(output, torch.Tensor):
                 return text
             output.sequences = text
@@ -534,6 +567,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 f"attention_mask {tuple(attention_mask.shape)} does not fit input_ids {tuple(input_ids.shape)}."
             )
         return mask
+
+    def _refuse_foreign_placeholders(self, row: list[int]) -> None:
+        """A row without our placeholders but with as many of another id was made for another vocabulary."""
+        token, times = Counter(row).most_common(1)[0] if row else (None, 0)
+        if times >= self.config.num_image_tokens:
+            raise ValueError(
+                f"A prompt holds id {token} {times} times, but image placeholders are {self.config.image_token_id} "
+                "(config.image_token_id): processor and model do not belong together."
+            )
 
     # --- Acting ---
     def predict_action(
@@ -591,7 +633,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         arrays = {name: getattr(output, name).cpu().numpy() for name in ("token_ids", "log_probs", "replaced")}
         return {"actions": actions, **arrays}
 
-    @torch.no_grad()
     def sample_actions(
         self,
         input_ids: torch.LongTensor,
@@ -618,7 +659,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         Other arguments as in `predict_action`.
         """
         action_dim = action_dim or self.config.action_dim
-        if action_dim is None or self.config.action_dim not in (None, action_dim):
+        if action_dim is None:
+            raise ValueError(
+                "Pass action_dim: neither the call nor config.action_dim tells how many tokens to decode."
+            )
+        if self.config.action_dim not in (None, action_dim):
             raise ValueError(f"action_dim={action_dim} does not fit config.action_dim={self.config.action_dim}.")
         if log_probs_over not in ("actions", "vocabulary"):
             raise ValueError(f"log_probs_over must be 'actions' or 'vocabulary', got {log_probs_over!r}.")
@@ -629,10 +674,38 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         input_ids, mask = self._pack_prompts(input_ids, attention_mask)
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"Got {len(input_ids)} prompts but {len(pixel_values)} images.")
-        start, end = self.action_tokenizer.vocab_start, self.action_tokenizer.vocab_end
-        scale = temperature if do_sample else 1.0
+        training = [module for module in self.modules() if module.training]
+        self.eval()  # dropout off; and gradient checkpointing in training mode would drop the cache, image and all
+        try:
+            return self._decode_actions(
+                input_ids,
+                pixel_values,
+                mask,
+                action_dim,
+                (temperature, top_p, generator) if do_sample else None,
+                strict,
+                log_probs_over,
+                output_hidden_states,
+            )
+        finally:
+            for module in training:
+                module.training = True
 
-        tokens, log_probs, replaced, hidden_states = [], [], [], []
+    @torch.no_grad()
+    def _decode_actions(
+        self,
+        input_ids: torch.LongTensor,
+        pixel_values: torch.Tensor,
+        mask: torch.LongTensor | None,
+        action_dim: int,
+        sampling: tuple | None,
+        strict: bool,
+        log_probs_over: str,
+        output_hidden_states: bool,
+    ) -> ActionOutput:
+        start, end = self.action_tokenizer.vocab_start, self.action_tokenizer.vocab_end
+        temperature, top_p, generator = sampling or (1.0, 1.0, None)
+        tokens, log_probs, replaced, finite, hidden_states = [], [], [], [], []
         step_ids, position_ids, cache = input_ids, None, None
         if mask is not None:
             position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -648,13 +721,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             )
             cache = outputs.past_key_values
             hidden = outputs.last_hidden_state[:, -1]  # (B, D)
-            logits = self.lm_head(hidden).float() / scale  # (B, vocabulary)
+            logits = self.lm_head(hidden).float() / temperature  # (B, vocabulary)
+            finite.append(logits.isfinite().all())
 
             # 2. The best (or a sampled) action id, whatever the rest of the vocabulary says; but note what it says
             action_logits = logits[:, start:end]
             best = logits.argmax(dim=-1)
             replaced.append((best < start) | (best >= end))
-            index = _sample(action_logits, top_p, generator) if do_sample else action_logits.argmax(dim=-1)
+            index = _sample(action_logits, top_p, generator) if sampling else action_logits.argmax(dim=-1)
             scored = (action_logits, index) if log_probs_over == "actions" else (logits, index + start)
             log_probs.append(scored[0].log_softmax(dim=-1).gather(1, scored[1][:, None])[:, 0])
             tokens.append(index + start)
@@ -668,6 +742,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 position_ids = position_ids[:, -1:] + 1
 
         token_ids, replaced = torch.stack(tokens, dim=1), torch.stack(replaced, dim=1)
+        if not torch.stack(finite).all():
+            raise RuntimeError(
+                "The language model's logits hold NaN or infinity: broken weights, broken pixel_values, or an "
+                f"overflow of {self.dtype}. No action was returned."
+            )
         if replaced.any():
             self._report_replaced(replaced, strict)
         normalized = self.action_tokenizer.decode(
@@ -697,6 +776,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             if not row:
                 raise ValueError("A prompt is empty: every row of input_ids needs at least one attended token.")
             if image_id not in row:
+                self._refuse_foreign_placeholders(row)
                 row = row[:1] + [image_id] * count + row[1:]
             if end_id is not None and row[-1] != end_id:
                 row.append(end_id)
@@ -749,7 +829,26 @@ def _keep_towers_unquantized(quantization_config):
     return quantization_config
 
 
-def _merge_dataset_statistics(path: str, norm_stats: dict | None, hub_kwargs: dict) -> dict | None:
+def _refuse_oft(path: str, hub_kwargs: dict) -> None:
+    """OFT needs bidirectional attention and mostly a head of its own, and its config.json does not say so.
+
+    Its training leaves `action_head--*.pt` and a folder `lora_adapter` beside the merged weights. A policy that was
+    stripped of both cannot be told from a plain OpenVLA.
+    """
+    names = ("config.json", "lora_adapter/adapter_config.json")
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    config, adapter = (cached_file(path, name, **optional, **hub_kwargs) for name in names)
+    folder = os.path.dirname(config) if config else path
+    heads = glob.glob(os.path.join(glob.escape(folder), "action_head--*.pt"))
+    if heads or adapter:
+        raise ValueError(
+            f"{path} holds an OpenVLA-OFT policy ({os.path.relpath((heads or [adapter])[0], folder)}): it needs "
+            "bidirectional attention and its own action head, and would act wrongly as a plain OpenVLA."
+        )
+
+
+def _dataset_statistics(path: str, hub_kwargs: dict, norm_stats: dict | None) -> dict | None:
+    """The statistics beside the weights if there are any, else those of the config."""
     name = "dataset_statistics.json"
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
@@ -760,10 +859,9 @@ def _merge_dataset_statistics(path: str, norm_stats: dict | None, hub_kwargs: di
         return norm_stats
     with open(file, encoding="utf-8") as stream:
         statistics = json.load(stream)
-    changed = [key for key in statistics if key in (norm_stats or {}) and norm_stats[key] != statistics[key]]
-    if changed:
-        logger.warning("dataset_statistics.json replaces config.norm_stats for %s, as in the original.", changed)
-    return {**(norm_stats or {}), **statistics}
+    if norm_stats and norm_stats != statistics:
+        logger.warning("%s replaces config.norm_stats: %s, not %s.", name, sorted(statistics), sorted(norm_stats))
+    return statistics
 
 
 OpenVLAModel.register_for_auto_class("AutoModel")

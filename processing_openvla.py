@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AddedToken, BatchFeature, PretrainedConfig
 from transformers import __version__ as transformers_version
 from transformers.image_processing_utils import BaseImageProcessor
@@ -24,6 +24,7 @@ from .tf_image_ops import center_crop, jpeg_round_trip, lanczos3_resize
 
 IMAGE_TOKEN = "<image>"
 _INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 _TRANSFORMERS_4 = transformers_version.startswith("4.")
 
 
@@ -37,8 +38,12 @@ def to_pil(image) -> Image.Image:
     Raises ValueError for other dtypes (floats would be silently rescaled) and shapes.
     """
     if isinstance(image, str | os.PathLike):
-        return load_image(str(image))
+        if not os.path.isfile(image):
+            return load_image(str(image))  # URL or base64; its error says what it cannot find
+        image = ImageOps.exif_transpose(Image.open(image))
     if isinstance(image, Image.Image):
+        if image.mode not in _MODES:  # PIL clips 16-bit and float pixels to 255: a white image
+            raise ValueError(f"Expected 8-bit pixels, got an image of mode {image.mode!r}: scale it to 8 bits first.")
         return image.convert("RGB")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().numpy()
@@ -200,6 +205,7 @@ class OpenVLAProcessor(ProcessorMixin):
         prompt_end_token_id: id that ends every prompt ("▁", 29871, for Llama); None: there is none.
         num_patches: image placeholders per camera.
         num_cameras: images per observation.
+        image_token_id: what the model takes for a placeholder; raises if the tokenizer gives `<image>` another id.
     """
 
     if _TRANSFORMERS_4:  # 5.x reads the signature of `__init__` instead
@@ -215,6 +221,7 @@ class OpenVLAProcessor(ProcessorMixin):
         prompt_end_token_id: int | None = None,
         num_patches: int = 256,
         num_cameras: int = 1,
+        image_token_id: int | None = None,
         chat_template: str | None = None,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -225,6 +232,14 @@ class OpenVLAProcessor(ProcessorMixin):
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self._check_image_token_id(image_token_id)
+
+    def _check_image_token_id(self, expected: int | None) -> None:
+        if expected not in (None, self.image_token_id):
+            raise ValueError(
+                f"The tokenizer gives {IMAGE_TOKEN!r} the id {self.image_token_id}, the model expects {expected} "
+                f"(config.image_token_id): is this the model's tokenizer, with its {len(self.tokenizer)} tokens?"
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -245,21 +260,20 @@ class OpenVLAProcessor(ProcessorMixin):
             for name, value in from_config.items():
                 if name not in kwargs:
                     setattr(processor, name, value)
+            processor._check_image_token_id(config.image_token_id)
         return processor
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves files that transformers 4.57 and 5.x and the original code's image processor can read."""
+        if kwargs.pop("push_to_hub", False):  # which saves through this method first, then uploads
+            return self.push_to_hub(kwargs.pop("repo_id", os.path.basename(save_directory)), **kwargs)
         saved = super().save_pretrained(save_directory, **kwargs)
-        self.image_processor.save_pretrained(save_directory)  # 5.x would only nest it in processor_config.json
-        path = os.path.join(save_directory, "tokenizer_config.json")
-        with open(path, encoding="utf-8") as file:
-            tokenizer_config = json.load(file)
+        # Image settings have one owner, preprocessor_config.json; 5.x would nest a copy here and read that.
+        self.image_processor.save_pretrained(save_directory)
+        _rewrite_json(save_directory, "processor_config.json", drop=("image_processor",))
         # 5.x writes "TokenizersBackend", unknown to 4.57, and leaks arguments of the load call.
-        tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        tokenizer_config = {k: v for k, v in tokenizer_config.items() if k not in ("is_local", "local_files_only")}
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(tokenizer_config, file, indent=2, ensure_ascii=False)
-        os.replace(path + ".tmp", path)
+        drop = ("is_local", "local_files_only")
+        _rewrite_json(save_directory, "tokenizer_config.json", drop, {"tokenizer_class": "PreTrainedTokenizerFast"})
         return saved
 
     def build_prompt(self, instruction: str) -> str:
@@ -271,8 +285,8 @@ class OpenVLAProcessor(ProcessorMixin):
             )
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"Expected an instruction such as 'pick up the cup', got {instruction!r}.")
-        if IMAGE_TOKEN in instruction:
-            raise ValueError(f"An instruction cannot contain {IMAGE_TOKEN!r}: {instruction!r}.")
+        if special := [token for token in {IMAGE_TOKEN, *self.tokenizer.all_special_tokens} if token in instruction]:
+            raise ValueError(f"An instruction cannot contain the control tokens {special}: {instruction!r}.")
         return self.prompt_template.format(instruction=instruction.lower())
 
     def __call__(
@@ -280,7 +294,6 @@ class OpenVLAProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         images=None,
         padding: bool | str = True,
-        truncation: bool = False,
         max_length: int | None = None,
         padding_side: str = "left",
         add_special_tokens: bool = True,
@@ -293,8 +306,8 @@ class OpenVLAProcessor(ProcessorMixin):
             text: prompt(s); use `build_prompt`. `<image>` in it is redundant: placeholders have one fixed place.
             images: one image per prompt, or with several cameras one list of `num_cameras` images per prompt.
             padding: True (to the longest row), "max_length", or False (rows must be equally long for tensors).
-            truncation: cut prompts to `max_length` tokens instead of raising when they are longer.
-            max_length: in text tokens, image placeholders not counted; default: what the tokenizer declares.
+            max_length: in text tokens, image placeholders not counted; default: what the tokenizer declares. Longer
+                prompts raise: cut, they would lose the end that asks for the action.
             padding_side: "left" or "right".
             image_options: for `OpenVLAImageProcessor.preprocess`.
 
@@ -306,6 +319,8 @@ class OpenVLAProcessor(ProcessorMixin):
         features = {}
         if images is not None:
             features["pixel_values"] = self._pixel_values(images, len(texts), image_options)
+        elif image_options:
+            raise TypeError(f"Got {sorted(image_options)} but no images.")
 
         # 1. Tokens of the text alone, so that placeholders cannot change them
         limit = max_length or self.tokenizer.model_max_length
@@ -315,9 +330,9 @@ class OpenVLAProcessor(ProcessorMixin):
             ids = self.tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
             if self._ends_prompt(prompt) and ids[-1] != self.prompt_end_token_id:
                 ids = ids + [self.prompt_end_token_id]
-            if len(ids) > limit and not truncation:
+            if len(ids) > limit:
                 raise ValueError(f"The prompt has {len(ids)} tokens, more than {limit}: {prompt[:80]!r}…")
-            rows.append(self.insert_image_tokens(ids[:limit]) if images is not None else ids[:limit])
+            rows.append(self.insert_image_tokens(ids) if images is not None else ids)
 
         # 2. One rectangle
         length = max(map(len, rows))
@@ -360,6 +375,16 @@ class OpenVLAProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _rewrite_json(folder, name: str, drop: tuple[str, ...] = (), replace: dict | None = None) -> None:
+    path = os.path.join(folder, name)
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    content = {key: value for key, value in content.items() if key not in drop} | (replace or {})
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+    os.replace(path + ".tmp", path)
 
 
 OpenVLAImageProcessor.register_for_auto_class()

@@ -7,6 +7,7 @@ openvla predict --model runs/my-robot --image front.png wrist.png --instruction 
 
 import argparse
 import json
+import sys
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,9 +49,11 @@ def main(argv: list[str]) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     revision = {"revision": args.revision} if args.revision else {}
     model, processor = load(args.model, dtype=args.dtype, **revision)
-    unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)  # before the slow part
     model = model.to(device)
+    unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)
     crop = {} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}
+    if unnorm_key.startswith("libero") and not crop and processor.image_processor.center_crop_area is None:
+        print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
     inputs = processor(processor.build_prompt(args.instruction), args.image, **crop).to(device)
     result = model.predict_action(**inputs, unnorm_key=unnorm_key, strict=args.strict, return_dict=True)
 

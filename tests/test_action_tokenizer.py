@@ -152,6 +152,7 @@ def test_keys():
     [
         ({"q99": [0.5, 4.0, 2.0]}, "lengths differ"),
         ({"mask": [True]}, "lengths differ"),
+        ({"mask": ["True", "True", "True", "False"]}, "mask must hold true and false"),
         ({"q01": [0.6, 0.0, 2.0, 0.0]}, r"wrong order in dims \[0\]"),
         ({"q01": [float("nan"), 0.0, 2.0, 0.0]}, "must be finite"),
     ],

@@ -80,11 +80,20 @@ def test_processor_and_model_that_do_not_fit(model, processor, monkeypatch):
     assert failed(checks) == {"tokens"} and "makes 255 placeholders, the model needs 256" in checks["tokens"].detail
 
 
-def test_a_policy_whose_tokens_are_no_actions_gets_a_warning(fresh_model, processor):
+def test_a_policy_whose_tokens_are_no_actions(fresh_model, processor, monkeypatch):
     with torch.no_grad():
         fresh_model.lm_head.weight[31744:32000] *= 0.01
     checks = report(fresh_model, processor)
-    assert checks["action tokens"].status == doctor.WARNING and "were no actions" in checks["action tokens"].detail
+    assert failed(checks) == {"action tokens"} and "100% of the tokens" in checks["action tokens"].detail
+    monkeypatch.setattr(doctor, "MOST_REPLACED", 1.1)
+    assert report(fresh_model, processor)["action tokens"].status == doctor.WARNING
+
+
+def test_statistics_that_do_not_fit_the_policy(fresh_model, processor):
+    fresh_model.config.action_dim = 6
+    checks = report(fresh_model, processor)
+    assert failed(checks) == {"act bridge_orig", "act toy_robot"}
+    assert "does not fit config.action_dim=6" in checks["act toy_robot"].detail
 
 
 def test_command(checkpoint, tmp_path, capsys):

@@ -65,6 +65,33 @@ def test_both_transformers_lines_rename_alike(exported, model):
     assert set(weights(exported)) == set(model._fix_state_dict_keys_on_save(model.state_dict()))
 
 
+def test_the_base_model_saves_the_released_names_too(checkpoint, exported, tmp_path):
+    base = openvla.OpenVLAModel.from_pretrained(checkpoint)
+    base.save_pretrained(tmp_path)
+    assert set(weights(tmp_path)) == set(weights(exported)) - {"language_model.lm_head.weight"}
+    again = openvla.OpenVLAModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), base.parameters()))
+
+
+def test_a_resized_embedding_table_does_not_move_the_actions(checkpoint, fresh_model, observation, tmp_path):
+    before = fresh_model.sample_actions(**observation, action_dim=7).token_ids
+    fresh_model.resize_token_embeddings(32128)
+    fresh_model.save_pretrained(tmp_path)
+    again = openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path).eval()
+    assert again.get_input_embeddings().num_embeddings == 32128 and again.action_tokenizer.vocab_end == 32000
+    assert torch.equal(again.sample_actions(**observation, action_dim=7).token_ids, before)
+
+
+def test_missing_weights_raise(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors*"))
+    kept = {name: tensor for name, tensor in weights(checkpoint).items() if not name.startswith("projector.fc2")}
+    save_file(kept, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 tensors \(model.projector.fc2.bias, model.projector.fc2.weight"):
+        openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path / "broken")
+    _, report = openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path / "broken", output_loading_info=True)
+    assert len(report["missing_keys"]) == 2
+
+
 def test_the_folder_holds_its_code_and_a_complete_auto_map(exported):
     for name in (
         "configuration_openvla",
@@ -193,15 +220,27 @@ def test_dataset_statistics_beside_the_weights_win(checkpoint, tmp_path, caplog)
     changed["toy_robot"]["action"]["q99"][0] = 9.0
     (folder / "dataset_statistics.json").write_text(json.dumps(changed))
     model = openvla.OpenVLAForActionPrediction.from_pretrained(folder)
-    assert set(model.norm_stats) == {"bridge_orig", "toy_nomask_6d", "toy_robot", "new_robot"}
-    assert model.norm_stats["toy_robot"]["action"]["q99"][0] == 9.0
-    assert "replaces config.norm_stats for ['toy_robot']" in caplog.text
+    assert model.norm_stats == changed
+    assert "replaces config.norm_stats: ['new_robot', 'toy_robot']" in caplog.text
+    # what is set and saved is what comes back
+    model.norm_stats["toy_robot"]["action"]["q99"][0] = 5.0
+    model.save_pretrained(folder)
+    again = openvla.OpenVLAForActionPrediction.from_pretrained(folder)
+    assert again.norm_stats["toy_robot"]["action"]["q99"][0] == 5.0
 
 
-def test_a_folder_with_a_separate_action_head_is_refused(checkpoint, tmp_path):
-    (tmp_path / "action_head--150000_checkpoint.pt").write_bytes(b"")
+@pytest.mark.parametrize("trace", ["action_head--150000_checkpoint.pt", "lora_adapter/adapter_config.json"])
+@pytest.mark.parametrize("place", ["folder", "hub cache"])
+def test_oft_policies_are_refused(place, trace, checkpoint, tmp_path):
+    folder = tmp_path / "models--lab--oft" / "snapshots" / ("a" * 40)
+    shutil.copytree(checkpoint, folder)
+    (folder / trace).parent.mkdir(exist_ok=True)
+    (folder / trace).write_text("{}")
+    (tmp_path / "models--lab--oft" / "refs").mkdir()
+    (tmp_path / "models--lab--oft" / "refs" / "main").write_text("a" * 40)
+    source, where = (folder, {}) if place == "folder" else ("lab/oft", {"cache_dir": tmp_path})
     with pytest.raises(ValueError, match="OpenVLA-OFT policy.*would act wrongly"):
-        openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path)
+        openvla.OpenVLAForActionPrediction.from_pretrained(source, **where)
 
 
 # --- Quantisation, placement, adapters, pipelines ---
@@ -294,6 +333,31 @@ def test_an_old_lora_adapter_has_its_full_effect(way, checkpoint, fresh_model, o
         expected, actual = expected_model.eval()(**observation).logits, adapted.eval()(**observation).logits
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
     assert (plain - expected).abs().max() > 0.5  # the adapter is no small thing
+
+
+def test_load_takes_an_adapter_with_its_base(checkpoint, observation, tmp_path):
+    pytest.importorskip("peft")
+    write_old_adapter(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(checkpoint)
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    adapted, processor = openvla.load(tmp_path / "adapter", dtype=torch.float32)
+    plain = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    plain.load_adapter(str(tmp_path / "adapter"))
+    with torch.no_grad():
+        assert torch.equal(adapted(**observation).logits, plain.eval()(**observation).logits)
+    assert processor.prompt_template.startswith("In: ")
+
+
+def test_plans_for_several_devices(model):
+    language_model = "model.language_model.layers"
+    assert model._tp_plan[f"{language_model}.*.self_attn.q_proj"] == "colwise"
+    assert language_model in model._pp_plan
+    assert {"VisionTransformer", "OpenVLAProjector"} <= set(model._no_split_modules)
+    if not TRANSFORMERS_4:
+        assert model._tp_plan["lm_head"] == "colwise_gather_output"
+        for unit in ("model.vision_backbone.featurizer.blocks.*", "model.projector", f"{language_model}.*"):
+            assert model._fsdp_plan[unit] == "free_full_weight"
 
 
 def test_image_text_to_text_pipeline(model, processor, recorded, images, golden):

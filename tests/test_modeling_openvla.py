@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, StaticCache
 
 import openvla
 from openvla.configuration_openvla import TIMM_TOWERS, OpenVLAConfig, VisionTowerConfig
@@ -187,7 +187,12 @@ def test_a_legacy_batch_without_mask(model, recorded, golden, images, processor)
     for pad in (lambda row, fill: fill + row, lambda row, fill: row + fill):
         ids = torch.tensor([pad(row, [32000] * (length - len(row))) for row in rows])
         batch = {"input_ids": ids, "pixel_values": torch.cat([old["pixel_values"] for old in olds])}
-        assert tokens(model, batch) == [recorded["inputs"][index]["action_ids"] for index in (0, 1, 6)]
+        expected = [recorded["inputs"][index]["action_ids"] for index in (0, 1, 6)]
+        assert tokens(model, batch) == expected
+        # with "▁" behind the padding, and a mask that is one short
+        ids = torch.cat([ids, torch.full((3, 1), 29871)], dim=1)
+        mask = (ids != 32000).long()[:, :-1]
+        assert tokens(model, {**batch, "input_ids": ids, "attention_mask": mask}) == expected
 
 
 def test_generate_equals_predict_action(model, recorded, golden, images, processor, inputs):
@@ -373,8 +378,9 @@ def test_missing_and_mismatched_inputs_raise(model, inputs):
         model(input_ids=one["input_ids"])  # placeholders without an image
     with pytest.raises(ValueError, match=r"with 256 image placeholders each, got \[255\]"):
         model.predict_action(one["input_ids"][:, [0, *range(2, 290)]], "toy_robot", pixel_values=one["pixel_values"])
-    with pytest.raises(ValueError, match=r"Expected pixel_values \(B, 6, S, S\) for 1 camera"):
-        model.predict_action(one["input_ids"], "toy_robot", pixel_values=one["pixel_values"][:, :3])
+    for bad in (one["pixel_values"][:, :3], one["pixel_values"][..., :200], one["pixel_values"].int()):
+        with pytest.raises(ValueError, match=r"floating-point pixel_values \('B', 6, 224, 224\) for 1 camera"):
+            model.predict_action(one["input_ids"], "toy_robot", pixel_values=bad)
     with pytest.raises(ValueError, match="does not fit input_ids"):
         model.predict_action(**{**one, "attention_mask": torch.ones(1, 5)}, unnorm_key="toy_robot")
     with pytest.raises(ValueError, match="every row of input_ids needs"):
@@ -383,6 +389,67 @@ def test_missing_and_mismatched_inputs_raise(model, inputs):
         )
     with pytest.raises(TypeError, match="max_new_tokens"):
         model.predict_action(**one, unnorm_key="toy_robot", max_new_tokens=7)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_nan_moves_no_robot(model, fresh_model, inputs, strict):
+    broken = {**inputs[0], "pixel_values": inputs[0]["pixel_values"] * float("nan")}
+    with pytest.raises(RuntimeError, match="NaN or infinity.*No action was returned"):
+        model.predict_action(**broken, unnorm_key="toy_robot", strict=strict)
+    with torch.no_grad():
+        fresh_model.model.language_model.norm.weight[0] = float("inf")
+    with pytest.raises(RuntimeError, match="NaN or infinity"):
+        fresh_model.predict_action(**inputs[0], unnorm_key="toy_robot", strict=strict)
+
+
+def test_acting_during_training(fresh_model, inputs, recorded):
+    # gradient checkpointing in training mode would drop the cache after the prefill, and the image with it
+    fresh_model.train()
+    fresh_model.gradient_checkpointing_enable()
+    fresh_model.model.projector.eval()
+    assert tokens(fresh_model, inputs[0]) == [recorded["inputs"][0]["action_ids"]]
+    assert fresh_model.training and fresh_model.model.language_model.training
+    assert not fresh_model.model.projector.training
+
+
+def test_placeholders_of_another_vocabulary_are_refused(model, inputs):
+    ids = inputs[0]["input_ids"].masked_fill(inputs[0]["input_ids"] == 32001, 32002)
+    other = {**inputs[0], "input_ids": ids}
+    for call in (model, model.generate, lambda **kwargs: model.predict_action(**kwargs, unnorm_key="toy_robot")):
+        with pytest.raises(ValueError, match="holds id 32002 256 times, but image placeholders are 32001"):
+            call(**other)
+
+
+@torch.no_grad()
+def test_the_image_of_a_cached_step_is_ignored(model, inputs):
+    # as the original: callers that pass the image with every step get one image, not two
+    first = model(**inputs[0], use_cache=True)
+    step = torch.tensor([[31999]])
+    length = first.past_key_values.get_seq_length()
+    logits = model(
+        input_ids=step, pixel_values=inputs[0]["pixel_values"], past_key_values=first.past_key_values
+    ).logits
+    assert logits.shape[1] == 1 and first.past_key_values.get_seq_length() == length + 1
+
+
+@torch.no_grad()
+def test_prefill_and_decoding_compile_to_one_graph_each(model, inputs, recorded):
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    cache = StaticCache(config=model.config.text_config, max_cache_len=300)
+    logits = compiled(**inputs[1], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    length, ids = inputs[1]["input_ids"].shape[1], []
+    for step in range(7):
+        ids.append(logits[0, -1].argmax().item())
+        position = torch.tensor([length + step])
+        logits = compiled(
+            input_ids=torch.tensor([ids[-1:]]),
+            position_ids=position[None],
+            cache_position=position,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+    assert ids == recorded["inputs"][1]["action_ids"]
 
 
 def test_placeholders_are_counted_per_row(model, inputs):

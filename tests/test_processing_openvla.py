@@ -2,6 +2,7 @@ import functools
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -73,6 +74,14 @@ def test_letterbox_pads_with_the_mean_of_the_last_tower():
     image = squares(pixels(processor, white))
     assert (image[:70] == 127).all() and (image[-70:] == 127).all()  # (300 - 100) / 2 rows of 300, minus filter reach
     assert (image[80:144] == 255).all()
+
+
+def test_letterbox_of_two_towers_takes_the_fill_of_the_last():
+    means = [(0.1, 0.2, 0.3), (0.5, 0.25, 0.0)]
+    processor = OpenVLAImageProcessor(True, "letterbox", [(3, 28, 28)] * 2, means=means, stds=[(1.0, 1.0, 1.0)] * 2)
+    values = pixels(processor, np.full((10, 28, 3), 255, dtype=np.uint8))
+    corner = np.array([127, 63, 0]) / 255  # int(mean * 255)
+    np.testing.assert_allclose(values[:, 0, 0], np.concatenate([corner - means[0], corner - means[1]]), atol=1e-6)
 
 
 def test_letterbox_of_an_odd_difference_stays_224():
@@ -157,6 +166,8 @@ def test_urls(tmp_path):
         (np.zeros((5, 8, 8), np.uint8), r"got shape \(5, 8, 8\)"),
         (np.zeros((0, 8, 3), np.uint8), r"got shape \(0, 8, 3\)"),
         (42, "got int"),
+        (Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)), "8-bit pixels, got an image of mode 'I;16'"),
+        (Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)), "8-bit pixels, got an image of mode 'F'"),
     ],
 )
 def test_bad_images_raise(image, message):
@@ -171,12 +182,25 @@ def test_unknown_options_raise():
         OpenVLAImageProcessor(image_resize_strategy="stretch")
 
 
+def test_16_bit_files_raise(tmp_path):
+    Image.fromarray(np.full((8, 8), 30000, dtype=np.uint16)).save(tmp_path / "depth.png")
+    with pytest.raises(ValueError, match="8-bit pixels"):
+        to_pil(tmp_path / "depth.png")
+
+
+def test_photos_are_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways
+    Image.fromarray(PHOTO).save(tmp_path / "sideways.png", exif=exif)
+    assert (np.asarray(to_pil(tmp_path / "sideways.png")) == np.rot90(PHOTO, -1)).all()
+
+
 # --- Prompts and batches ---
 def test_prompts(processor):
     assert processor.build_prompt("Pick up the CUP") == (
         "In: What action should the robot take to pick up the cup?\nOut:"
     )
-    for bad in ("", "  ", None, "put <image> there"):
+    for bad in ("", "  ", None, "put <image> there", "go </s>", "<s>"):
         with pytest.raises(ValueError):
             processor.build_prompt(bad)
 
@@ -209,13 +233,12 @@ def test_batches_are_padded_left_and_hold_the_single_rows(recorded, images, proc
     assert right["attention_mask"][1].tolist() == batch["attention_mask"][1].flip(0).tolist()
 
 
-def test_padding_to_a_fixed_length_and_truncation(processor):
+def test_padding_to_a_fixed_length(processor):
     prompt = processor.build_prompt("go")
     fixed = processor(prompt, PHOTO, padding="max_length", max_length=40)
     assert fixed["input_ids"].shape == (1, 296) and fixed["attention_mask"].sum() == 256 + 16
     with pytest.raises(ValueError, match="has 16 tokens, more than 10"):
         processor(prompt, PHOTO, max_length=10)
-    assert processor(prompt, PHOTO, max_length=10, truncation=True)["input_ids"].shape == (1, 266)
 
 
 def test_a_placeholder_in_the_text_changes_nothing(processor):
@@ -244,6 +267,29 @@ def test_bad_calls_raise(processor):
         processor(PHOTO, prompt)
     with pytest.raises(ValueError, match=r"1 observation\(s\) of 1 image\(s\)"):
         processor(prompt, [PHOTO, PHOTO])
+    with pytest.raises(TypeError, match=r"Got \['center_crop'\] but no images"):
+        processor(prompt, center_crop=True)
+
+
+def test_a_foreign_tokenizer_is_refused(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "mixed", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((checkpoint / "tokenizer.json").read_text())
+    config["added_tokens"] = [token for token in config["added_tokens"] if token["content"] != "<PAD>"]
+    (tmp_path / "mixed" / "tokenizer.json").write_text(json.dumps(config))
+    for name in ("added_tokens.json", "special_tokens_map.json"):
+        (tmp_path / "mixed" / name).unlink()
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del settings["added_tokens_decoder"]["32000"], settings["pad_token"]
+    (tmp_path / "mixed" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="gives '<image>' the id 32000, the model expects 32001"):
+        openvla.OpenVLAProcessor.from_pretrained(tmp_path / "mixed")
+
+
+def test_image_settings_have_one_owner(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "center_crop_area": 0.9}))
+    assert openvla.OpenVLAProcessor.from_pretrained(tmp_path).image_processor.center_crop_area == 0.9
 
 
 def test_what_a_vocabulary_does_not_have_stays_away(processor, tmp_path):
