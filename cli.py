@@ -1,5 +1,6 @@
 """The `openvla` command: one verb per job, each a module with its own `main(argv)`."""
 
+import argparse
 import importlib
 import sys
 
@@ -13,6 +14,17 @@ COMMANDS = {
 def usage() -> str:
     verbs = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
     return f"usage: openvla [--traceback] COMMAND …\n\n{verbs}\n\nopenvla COMMAND --help shows examples and options."
+
+
+def command_parser(command: str, doc: str) -> argparse.ArgumentParser:
+    """A parser whose help is the module's docstring: its first paragraph, then the examples below the options."""
+    description, _, examples = doc.partition("\n\n")
+    return argparse.ArgumentParser(
+        f"openvla {command}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

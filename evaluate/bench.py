@@ -8,12 +8,13 @@ Without `--model` the weights are random: speed depends on shapes only. Both way
 fails. The ratio is the median over pairs of runs that follow each other, with its quartiles.
 """
 
-import argparse
 import json
 import os
 import platform
 import statistics
 import time
+
+from openvla.cli import command_parser
 
 # width, depth and heads of both towers; width, MLP width, depth and heads of the language model
 SIZES = {"tiny": (64, 3, 2, 128, 352, 3, 2), "mid": (384, 12, 6, 1024, 2816, 16, 16)}
@@ -63,13 +64,7 @@ def summarize(name: str, milliseconds: list[float]) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "openvla bench",
-        description=description,
-        epilog=f"examples:\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("bench", __doc__)
     parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint instead of random weights")
     parser.add_argument("--size", choices=SIZES, default="mid", help="size of the random policy")
     parser.add_argument("--repeats", type=int, default=15, help="pairs of runs")

@@ -7,10 +7,11 @@ The failure it is there for makes no noise: on some versions of transformers the
 the same action whatever the camera shows.
 """
 
-import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+
+from openvla.cli import command_parser
 
 OLDEST, NEWEST = (4, 57, 6), (6, 0, 0)  # transformers: tested from … up to, not including
 OK, WARNING, FAILED = "ok", "warning", "failed"
@@ -204,13 +205,7 @@ def _any_action_dim(model, unnorm_key: str | None) -> int:
 
 
 def main(argv: list[str]) -> None:
-    description, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        "openvla doctor",
-        description=description,
-        epilog=f"examples:\n{rest}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("doctor", __doc__)
     parser.add_argument("model", metavar="CHECKPOINT", help="folder or Hub id")
     parser.add_argument("--unnorm-key", help="check these statistics only; default: all")
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")

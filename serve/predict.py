@@ -9,15 +9,11 @@ import argparse
 import json
 import sys
 
+from openvla.cli import command_parser
+
 
 def parser() -> argparse.ArgumentParser:
-    description, _, examples = __doc__.partition("\n\n")
-    arguments = argparse.ArgumentParser(
-        "openvla predict",
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    arguments = command_parser("predict", __doc__)
     arguments.add_argument("--model", required=True, metavar="PATH_OR_ID", help="folder or Hub id of a checkpoint")
     arguments.add_argument(
         "--image", required=True, nargs="+", metavar="FILE_OR_URL", help="one per camera, in the policy's order"
