@@ -6,6 +6,8 @@ import sys
 
 COMMANDS = {
     "predict": ("openvla.serve.predict", "act once: image + instruction -> action"),
+    "finetune": ("openvla.finetune.sft", "train on demonstrations: LoRA, QLoRA, partial or full"),
+    "stats": ("openvla.finetune.stats", "check a dataset and print its statistics"),
     "doctor": ("openvla.evaluate.doctor", "check that a checkpoint sees, listens and has sane statistics"),
     "bench": ("openvla.evaluate.bench", "milliseconds per action, measured side by side"),
 }

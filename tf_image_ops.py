@@ -41,19 +41,26 @@ def center_crop(image: np.ndarray, area: float, height: int, width: int) -> np.n
 
     Bit-equal to `tf.image.crop_and_resize` (bilinear, no antialias) and `convert_image_dtype(…, saturate=True)`.
     """
+    return crop_and_resize(image, area, (0.5, 0.5), height, width)
+
+
+def crop_and_resize(
+    image: np.ndarray, area: float, position: tuple[float, float], height: int, width: int
+) -> np.ndarray:
+    """A share of the area, cut out at `position` (down, right; 0 to 1 of the room there is), stretched bilinearly."""
     if not 0.0 < area <= 1.0:
         raise ValueError(f"The crop's share of the area must lie in (0, 1], got {area}.")
     side = np.sqrt(np.float32(area))
-    start = np.float32(0.5) * (np.float32(1.0) - side)
     pixels = image.astype(np.float32) * np.float32(1.0 / 255.0)
     for axis, new_size in ((1, width), (0, height)):  # TensorFlow's order, which decides the last bit
+        start = np.float32(position[axis]) * (np.float32(1.0) - side)
         last = np.float32(pixels.shape[axis] - 1)
         end = start + side
         step = (end - start) * last / np.float32(max(new_size - 1, 1))
-        position = start * last + np.arange(new_size, dtype=np.float32) * step
-        low = np.floor(position).astype(np.int64)
-        high = np.minimum(np.ceil(position).astype(np.int64), pixels.shape[axis] - 1)
-        weight = (position - low.astype(np.float32)).reshape([-1 if a == axis else 1 for a in range(3)])
+        samples = start * last + np.arange(new_size, dtype=np.float32) * step
+        low = np.floor(samples).astype(np.int64)
+        high = np.minimum(np.ceil(samples).astype(np.int64), pixels.shape[axis] - 1)
+        weight = (samples - low.astype(np.float32)).reshape([-1 if a == axis else 1 for a in range(3)])
         below, above = pixels.take(low, axis=axis), pixels.take(high, axis=axis)
         pixels = below + (above - below) * weight
     return (np.clip(pixels, 0.0, 1.0) * np.float32(255.5)).astype(np.uint8)

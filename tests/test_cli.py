@@ -55,7 +55,7 @@ def test_usage(capsys):
     assert all(command in printed for command in cli.COMMANDS)
     with pytest.raises(SystemExit, match="unknown command 'predcit'"):
         cli.main(["predcit"])
-    for command in cli.COMMANDS:
+    for command in cli.COMMANDS.keys() - {"finetune"}:  # whose parser is TRL's
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
         assert stop.value.code == 0 and f"openvla {command}" in capsys.readouterr().out

@@ -1,0 +1,1 @@
+"""Demonstrations -> adapter or checkpoint."""

@@ -1,0 +1,160 @@
+"""What a demonstration is, once for all formats: `Episode` as readers give it, `Step` as training takes it.
+
+Readers give whole episodes by number, with images decoded only when asked for. Everything else, chunking, shuffling,
+sharding by worker and rank, resuming at the exact sample, follows from plain indices: a step is (episode, time), so a
+permutation of integers says what any run sees in which order, and nothing has to be replayed to continue.
+
+Legend: N steps of an episode · T action chunk · A action dims · P proprioception dims.
+"""
+
+import bisect
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass
+class Episode:
+    """One demonstration.
+
+    Args:
+        source: file (and record) it came from, for error messages.
+        instructions: N strings.
+        actions: `(N, A)` float32, the units of the dataset.
+        proprio: `(N, P)` float32, or None.
+        image: `(camera, step) -> (H, W, 3)` uint8 RGB, decoded on call.
+    """
+
+    source: str
+    instructions: list[str]
+    actions: np.ndarray
+    proprio: np.ndarray | None
+    image: Callable[[str, int], np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+
+@dataclass
+class Step:
+    """One training example.
+
+    Args:
+        images: one `(H, W, 3)` uint8 RGB array per camera, in the policy's order.
+        instruction: what the robot was asked to do.
+        actions: `(T, A)` float32, this step's action and the T - 1 that follow, the last one repeated past the end.
+        is_pad: `(T,)` bool, True past the end of the episode.
+        proprio: `(P,)` float32, or None.
+        source: file, episode and time, for error messages.
+    """
+
+    images: list[np.ndarray]
+    instruction: str
+    actions: np.ndarray
+    is_pad: np.ndarray
+    proprio: np.ndarray | None
+    source: str
+
+
+class Reader(Protocol):
+    """What each format provides. Opening is cheap; `read` costs what one episode without its images costs."""
+
+    name: str  # of the dataset: the `unnorm_key` of policies trained on it
+    cameras: list[str]  # all there are, the main one first
+    fps: float | None
+
+    def __len__(self) -> int: ...  # episodes
+
+    def read(self, index: int) -> Episode: ...
+
+    def files(self) -> list[str]: ...  # everything the content depends on, for cache keys
+
+
+def check_episode(episode: Episode, action_dim: int | None = None) -> None:
+    """Raises ValueError that names file, episode and step for whatever training would silently learn from."""
+    actions, where = episode.actions, episode.source
+    if actions.ndim != 2 or len(actions) == 0:
+        raise ValueError(f"{where}: expected actions (steps, dims) with at least one step, got shape {actions.shape}.")
+    if action_dim is not None and actions.shape[1] != action_dim:
+        raise ValueError(f"{where}: {actions.shape[1]} action dims where earlier episodes have {action_dim}.")
+    if not np.isfinite(actions).all():
+        step, dim = np.argwhere(~np.isfinite(actions))[0]
+        raise ValueError(f"{where}: action is {actions[step, dim]} at step {step}, dim {dim}.")
+    if episode.proprio is not None and not np.isfinite(episode.proprio).all():
+        raise ValueError(f"{where}: state is not finite at step {np.argwhere(~np.isfinite(episode.proprio))[0][0]}.")
+    for name, values in (("instructions", episode.instructions), ("states", episode.proprio)):
+        if values is not None and len(values) != len(actions):
+            raise ValueError(f"{where}: {len(values)} {name} for {len(actions)} actions.")
+    for step, instruction in enumerate(episode.instructions):
+        if not instruction.strip():
+            raise ValueError(f"{where}: empty instruction at step {step}.")
+
+
+class StepDataset:
+    """Steps of a reader's episodes by number: `len(dataset)`, `dataset[i]`.
+
+    Keeps the last few episodes open, so that neighbouring steps cost one read; memory does not grow with the data.
+
+    Args:
+        reader: a `Reader`.
+        lengths: steps per episode (see `statistics.scan`).
+        episodes: which episodes to use; None: all.
+        cameras: which cameras, in the policy's order; None: the main one.
+        chunk: T.
+        keep_open: episodes held in memory, without decoded images.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        lengths: list[int],
+        episodes: list[int] | None = None,
+        cameras: list[str] | None = None,
+        chunk: int = 1,
+        keep_open: int = 32,
+    ):
+        self.reader = reader
+        self.cameras = cameras or reader.cameras[:1]
+        if unknown := [camera for camera in self.cameras if camera not in reader.cameras]:
+            raise ValueError(f"{reader.name} has no cameras {unknown}; it has {reader.cameras}.")
+        self.chunk = chunk
+        self.episodes = list(range(len(lengths))) if episodes is None else list(episodes)
+        self._ends = list(itertools.accumulate(lengths[episode] for episode in self.episodes))
+        self._open: OrderedDict[int, Episode] = OrderedDict()
+        self._keep_open = keep_open
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(episode, time) of a step."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"Step {index} of {len(self)}.")
+        position = bisect.bisect_right(self._ends, index)
+        return self.episodes[position], index - (self._ends[position - 1] if position else 0)
+
+    def __getitem__(self, index: int) -> Step:
+        number, time = self.locate(index)
+        episode = self._episode(number)
+        times = np.minimum(np.arange(time, time + self.chunk), len(episode) - 1)
+        return Step(
+            images=[episode.image(camera, time) for camera in self.cameras],
+            instruction=episode.instructions[time],
+            actions=episode.actions[times],
+            is_pad=np.arange(time, time + self.chunk) >= len(episode),
+            proprio=None if episode.proprio is None else episode.proprio[time],
+            source=f"{episode.source}, step {time}",
+        )
+
+    def _episode(self, number: int) -> Episode:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        episode = self._open[number] = self.reader.read(number)
+        if len(self._open) > self._keep_open:
+            self._open.popitem(last=False)
+        return episode

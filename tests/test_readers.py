@@ -1,0 +1,352 @@
+"""All formats, written here the way their own tools write them, give the same episodes."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from openvla import cli
+from openvla.finetune import statistics
+from openvla.finetune.oxe import binarize_gripper, relative_to_absolute_gripper, standardize_bridge
+from openvla.finetune.readers import open_reader
+from openvla.finetune.readers.rlds import masked_crc32c
+from openvla.finetune.steps import StepDataset
+
+INSTRUCTIONS = ["pick up the cup", "open the drawer"]
+LENGTHS = [5, 3]
+
+
+def actions(episode: int) -> np.ndarray:
+    """Seven dims in [-1, 1], the last 0 or 1."""
+    values = np.random.default_rng(episode).uniform(-1, 1, (LENGTHS[episode], 7)).astype(np.float32)
+    values[:, 6] = np.arange(LENGTHS[episode]) % 2
+    return values
+
+
+def states(episode: int) -> np.ndarray:
+    return np.random.default_rng(10 + episode).normal(size=(LENGTHS[episode], 8)).astype(np.float32)
+
+
+def picture(episode: int, camera: int, step: int) -> np.ndarray:
+    """A flat colour that tells episode, camera and step apart, also through JPEG and video."""
+    return np.full((32, 48, 3), [40 + 80 * episode, 60 + 90 * camera, 30 + 40 * step], dtype=np.uint8)
+
+
+def encoded(image: np.ndarray, format: str = "PNG") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format)
+    return file.getvalue()
+
+
+# --- Writers ---------------------------------------------------------------------------------------------------------
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def field(number: int, data: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def feature(values) -> bytes:
+    """A `tf.train.Feature`: list of bytes, floats or integers."""
+    if isinstance(values, list):
+        return field(1, b"".join(field(1, value) for value in values))
+    if values.dtype.kind == "f":
+        return field(2, field(1, values.astype("<f4").tobytes()))
+    return field(3, field(1, b"".join(varint(int(value) & (1 << 64) - 1) for value in values.reshape(-1))))
+
+
+def record(example: dict) -> bytes:
+    entries = [field(1, field(1, key.encode()) + field(2, feature(values))) for key, values in example.items()]
+    data = field(1, b"".join(entries))
+    size = struct.pack("<Q", len(data))
+    return size + struct.pack("<I", masked_crc32c(size)) + data + struct.pack("<I", masked_crc32c(data))
+
+
+def tensor(shape: list[int], dtype: str = "float32") -> dict:
+    return {"tensor": {"shape": {"dimensions": [str(size) for size in shape]}, "dtype": dtype, "encoding": "none"}}
+
+
+def write_rlds(folder, name: str = "my_robot", cameras=("front", "wrist")):
+    folder.mkdir(parents=True)
+    observation = {camera: {"image": {"encodingFormat": "png"}} for camera in cameras} | {"state": tensor([8])}
+    steps = {"action": tensor([7]), "language_instruction": {"text": {}}, "is_last": tensor([], "bool")}
+    steps["observation"] = {"featuresDict": {"features": observation}}
+    spec = {"steps": {"sequence": {"feature": {"featuresDict": {"features": steps}}}}}
+    (folder / "features.json").write_text(json.dumps({"featuresDict": {"features": spec}}))
+    (folder / "dataset_info.json").write_text(json.dumps({"name": name, "version": "1.0.0"}))
+    records = b""
+    for episode, length in enumerate(LENGTHS):
+        example = {
+            "steps/action": actions(episode).reshape(-1),
+            "steps/observation/state": states(episode).reshape(-1),
+            "steps/language_instruction": [INSTRUCTIONS[episode].encode()] * length,
+            "steps/is_last": np.arange(length) == length - 1,
+        }
+        for number, camera in enumerate(cameras):
+            frames = [encoded(picture(episode, number, step)) for step in range(length)]
+            example[f"steps/observation/{camera}"] = frames
+        records += record(example)
+    (folder / f"{name}-train.tfrecord-00000-of-00001").write_bytes(records)
+    return folder
+
+
+def write_hdf5(folder):
+    h5py = pytest.importorskip("h5py")
+    folder.mkdir()
+    for episode in range(2):
+        with h5py.File(folder / f"{episode}_demo.hdf5", "w") as file:
+            data = file.create_group("data")
+            data.attrs["problem_info"] = json.dumps({"language_instruction": f'"{INSTRUCTIONS[episode]}"'})
+            demo = data.create_group("demo_0")
+            demo["actions"] = actions(episode).astype(np.float64)
+            demo["obs/ee_states"] = states(episode)[:, :6]
+            demo["obs/gripper_states"] = states(episode)[:, 6:]
+            for number, camera in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+                frames = [picture(episode, number, step) for step in range(LENGTHS[episode])]
+                demo[f"obs/{camera}"] = np.stack(frames)
+    return folder
+
+
+def write_folder(folder):
+    for episode in range(2):
+        place = folder / f"episode_{episode:03d}"
+        for number, camera in enumerate(("front", "wrist")):
+            (place / camera).mkdir(parents=True)
+            for step in range(LENGTHS[episode]):
+                (place / camera / f"{step:03d}.png").write_bytes(encoded(picture(episode, number, step)))
+        (place / "episode.json").write_text(json.dumps({"instruction": INSTRUCTIONS[episode], "fps": 10}))
+        np.savez(place / "episode.npz", actions=actions(episode), proprio=states(episode))
+    return folder
+
+
+def write_lerobot(folder, version: str, video: bool = True):
+    """v2.1 with a file per episode, or v3.0 with all in one, as lerobot lays them out."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    fps, cameras, is_v3 = 10, ("observation.images.front", "observation.images.wrist"), version.startswith("v3")
+    kind = "video" if video else "image"
+    features = {"action": {"dtype": "float32", "shape": [7]}, "observation.state": {"dtype": "float32", "shape": [8]}}
+    features |= {camera: {"dtype": kind, "shape": [32, 48, 3]} for camera in cameras}
+    info = {"codebase_version": version, "fps": fps, "features": features, "chunks_size": 1000}
+    place = "chunk-{chunk_index:03d}/file-{file_index:03d}" if is_v3 else None
+    v2_place = "chunk-{episode_chunk:03d}"
+    info["data_path"] = f"data/{place}.parquet" if is_v3 else f"data/{v2_place}/episode_{{episode_index:06d}}.parquet"
+    info["video_path"] = (
+        f"videos/{{video_key}}/{place}.mp4"
+        if is_v3
+        else f"videos/{v2_place}/{{video_key}}/episode_{{episode_index:06d}}.mp4"
+    )
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    tables, rows = [], []
+    for episode, length in enumerate(LENGTHS):
+        columns = {
+            "action": actions(episode).tolist(),
+            "observation.state": states(episode).tolist(),
+            "timestamp": [step / fps for step in range(length)],
+            "episode_index": [episode] * length,
+            "task_index": [episode] * length,
+        }
+        if not video:
+            for number, camera in enumerate(cameras):
+                frames = [{"bytes": encoded(picture(episode, number, s)), "path": None} for s in range(length)]
+                columns[camera] = frames
+        tables.append(arrow.table(columns))
+        row = {"episode_index": episode, "tasks": [INSTRUCTIONS[episode]], "length": length}
+        row |= {"data/chunk_index": 0, "data/file_index": 0}
+        for camera in cameras:
+            row |= {f"videos/{camera}/chunk_index": 0, f"videos/{camera}/file_index": 0}
+            row[f"videos/{camera}/from_timestamp"] = sum(LENGTHS[:episode]) / fps
+        rows.append(row)
+
+    def video_file(path, camera: int, episodes):
+        av = pytest.importorskip("av")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "1", "g": "2"})
+            stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+            for episode in episodes:
+                for step in range(LENGTHS[episode]):
+                    frame = av.VideoFrame.from_ndarray(picture(episode, camera, step), format="rgb24")
+                    container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+    if is_v3:
+        (folder / "data" / "chunk-000").mkdir(parents=True)
+        parquet.write_table(arrow.concat_tables(tables), folder / "data" / "chunk-000" / "file-000.parquet")
+        (folder / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+        table = arrow.Table.from_pylist(rows)
+        parquet.write_table(table, folder / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+        tasks = arrow.table({"task_index": [0, 1], "__index_level_0__": INSTRUCTIONS})
+        parquet.write_table(tasks, folder / "meta" / "tasks.parquet")
+    else:
+        (folder / "data" / "chunk-000").mkdir(parents=True)
+        for episode, table in enumerate(tables):
+            parquet.write_table(table, folder / "data" / "chunk-000" / f"episode_{episode:06d}.parquet")
+        lines = [json.dumps({"task_index": index, "task": task}) for index, task in enumerate(INSTRUCTIONS)]
+        (folder / "meta" / "tasks.jsonl").write_text("\n".join(lines))
+        (folder / "meta" / "episodes.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for number, camera in enumerate(cameras if video else ()):
+        if is_v3:
+            video_file(folder / f"videos/{camera}/chunk-000/file-000.mp4", number, range(2))
+        else:
+            for episode in range(2):
+                path = folder / f"videos/chunk-000/{camera}/episode_{episode:06d}.mp4"
+                video_file(path, number, [episode])
+    return folder
+
+
+WRITERS = {
+    "rlds": write_rlds,
+    "hdf5": write_hdf5,
+    "folder": write_folder,
+    "lerobot v2.1": lambda folder: write_lerobot(folder, "v2.1"),
+    "lerobot v3.0": lambda folder: write_lerobot(folder, "v3.0"),
+    "lerobot v3.0 images": lambda folder: write_lerobot(folder, "v3.0", video=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CACHE", tmp_path / "cache")
+
+
+# --- All formats -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("format", WRITERS)
+def test_every_format_gives_the_same_episodes(format, tmp_path):
+    reader = open_reader(WRITERS[format](tmp_path / "my_robot"))
+    assert reader.name == "my_robot" and len(reader) == 2 and len(reader.cameras) == 2
+    for number in (1, 0):
+        episode = reader.read(number)
+        np.testing.assert_array_equal(episode.actions, actions(number))
+        np.testing.assert_array_equal(episode.proprio, states(number))
+        assert episode.actions.dtype == np.float32
+        assert episode.instructions == [INSTRUCTIONS[number]] * LENGTHS[number]
+        for camera, name in enumerate(reader.cameras):
+            for step in (LENGTHS[number] - 1, 0, 1):
+                image = episode.image(name, step)
+                assert image.dtype == np.uint8 and image.shape == (32, 48, 3)
+                tolerance = 4 if "video" in format or format in ("lerobot v2.1", "lerobot v3.0") else 0
+                assert np.abs(image.astype(int) - picture(number, camera, step)).max() <= tolerance
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_scan_and_steps(format, tmp_path):
+    reader = open_reader(WRITERS[format](tmp_path / "my_robot"))
+    found = statistics.scan(reader, progress=False)
+    assert found.lengths == LENGTHS and found.norm_stats["num_transitions"] == 8
+    everything = np.concatenate([actions(0), actions(1)]).astype(np.float64)
+    np.testing.assert_allclose(found.norm_stats["action"]["q01"], np.quantile(everything, 0.01, axis=0))
+    np.testing.assert_allclose(found.norm_stats["action"]["std"], everything.std(axis=0))
+    assert found.norm_stats["action"]["mask"] == [True] * 6 + [False]
+    assert statistics.scan(reader, progress=False) == found  # from the cache
+    steps = StepDataset(reader, found.lengths, cameras=reader.cameras, chunk=3)
+    step = steps[6]  # episode 1, time 1 of 3
+    np.testing.assert_array_equal(step.actions, actions(1)[[1, 2, 2]])
+    assert step.is_pad.tolist() == [False, False, True] and step.instruction == INSTRUCTIONS[1]
+    assert len(step.images) == 2 and [steps.locate(index) for index in (0, 4, 5, 7)] == [
+        (0, 0),
+        (0, 4),
+        (1, 0),
+        (1, 2),
+    ]
+    assert len(StepDataset(reader, found.lengths, episodes=[1])) == 3
+    with pytest.raises(IndexError):
+        steps[8]
+    with pytest.raises(ValueError, match=r"has no cameras \['top'\]"):
+        StepDataset(reader, found.lengths, cameras=["top"])
+
+
+def test_stats_command(tmp_path, capsys):
+    folder = write_folder(tmp_path / "my_robot")
+    cli.main(["stats", str(folder), "--json"])
+    stats = json.loads(capsys.readouterr().out)["my_robot"]
+    assert stats["num_trajectories"] == 2 and stats["action"]["mask"] == [True] * 6 + [False]
+    cli.main(["stats", str(folder), "--mask", "1", "1", "1", "0", "1", "1", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("my_robot: 2 episodes, 8 steps")
+    assert [line.split()[-1] for line in lines[3:]] == ["yes", "yes", "yes", "no", "yes", "yes", "no"]
+
+
+def test_unknown_sources_say_what_is_expected(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a dataset's folder"):
+        open_reader(tmp_path / "nowhere")
+    write_rlds(tmp_path / "robot" / "1.0.0")
+    with pytest.raises(ValueError, match=r"is none of: LeRobot.*RLDS versions \['1.0.0'\]"):
+        open_reader(tmp_path / "robot")
+
+
+# --- Bad data --------------------------------------------------------------------------------------------------------
+def test_truncated_and_damaged_records(tmp_path):
+    file = write_rlds(tmp_path / "my_robot") / "my_robot-train.tfrecord-00000-of-00001"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"truncated: record 1 starts at byte \d+"):
+        open_reader(tmp_path / "my_robot")
+    file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(ValueError, match="wrong checksum of record 0's length|truncated"):
+        open_reader(tmp_path / "my_robot")
+
+
+def test_a_missing_video(tmp_path):
+    write_lerobot(tmp_path / "my_robot", "v2.1")
+    (tmp_path / "my_robot/videos/chunk-000/observation.images.wrist/episode_000001.mp4").unlink()
+    episode = open_reader(tmp_path / "my_robot").read(1)
+    with pytest.raises(FileNotFoundError, match="episode_000001.mp4 is missing"):
+        episode.image("observation.images.wrist", 0)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda values: values.__setitem__((2, 3), np.nan), "episode_000: action is nan at step 2, dim 3"),
+        (lambda values: None, "episode_001: 6 action dims where earlier episodes have 7"),
+    ],
+)
+def test_bad_actions_name_file_and_step_or_are_skipped(change, message, tmp_path):
+    folder, values = write_folder(tmp_path / "my_robot"), actions(0)
+    change(values)
+    if np.isnan(values).any():
+        np.savez(folder / "episode_000" / "episode.npz", actions=values)
+    else:
+        np.savez(folder / "episode_001" / "episode.npz", actions=actions(1)[:, :6])
+    with pytest.raises(ValueError, match=f"{message}.*--skip-bad-episodes"):
+        statistics.scan(open_reader(folder), progress=False)
+    found = statistics.scan(open_reader(folder), skip_bad=True, progress=False)
+    assert len(found.skipped) == 1 and sum(length > 0 for length in found.lengths) == 1
+
+
+def test_empty_instructions_and_missing_images(tmp_path):
+    folder = write_folder(tmp_path / "my_robot")
+    (folder / "episode_001" / "episode.json").write_text(json.dumps({"instruction": " "}))
+    with pytest.raises(ValueError, match="episode_001: empty instruction at step 0"):
+        statistics.scan(open_reader(folder), progress=False)
+    (folder / "episode_000" / "wrist" / "002.png").unlink()
+    with pytest.raises(ValueError, match="wrist holds 4 images for 5 actions"):
+        open_reader(folder).read(0)
+
+
+# --- Conventions -----------------------------------------------------------------------------------------------------
+def test_grippers_by_hand():
+    assert binarize_gripper(np.array([0.5, 1.0, 0.5, 0.5, 0.0, 0.96, 0.3])).tolist() == [1, 1, 0, 0, 0, 1, 0.3]
+    relative = np.array([0.0, 0.0, 1.0, 0.0, -1.0, 0.05, 0.0])  # closes at 2, opens at 4
+    assert relative_to_absolute_gripper(relative).tolist() == [1, 1, 0, 0, 1, 1, 1]
+    assert relative_to_absolute_gripper(np.zeros(3)).tolist() == [1, 1, 1]
+
+
+def test_bridge_by_hand():
+    steps = {
+        "action": np.array([[0] * 7, [9] * 6 + [1.0], [9] * 6 + [0.5], [9] * 6 + [0.0]], dtype=np.float32),
+        "observation/state": np.outer([5, 10, 12, 17], np.ones(7)).astype(np.float32),
+        "language_instruction": list("abcd"),
+    }
+    trajectory = standardize_bridge(steps)
+    assert trajectory.actions.tolist() == [[2.0] * 6 + [1.0], [5.0] * 6 + [0.0]]
+    assert trajectory.proprio[:, 0].tolist() == [10, 12] and trajectory.instructions == ["b", "c"]
+    assert trajectory.first_step == 1

@@ -1,0 +1,233 @@
+"""`openvla finetune` as a user runs it, on a small policy and two demonstrations."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_readers import write_folder
+
+import openvla
+from openvla.configuration_openvla import OpenVLAConfig
+from openvla.finetune import statistics
+from openvla.finetune.collator import ActionCollator
+
+pytest.importorskip("trl")
+from openvla.finetune import sft  # noqa: E402
+
+OPTIONS = ["--per_device_train_batch_size", "2", "--report_to", "none", "--bf16", "false", "--logging_steps", "1"]
+OPTIONS += [
+    "--gradient_checkpointing",
+    "false",
+    "--validation_share",
+    "0",
+    "--disable_tqdm",
+    "true",
+    "--use_cpu",
+    "true",
+]
+
+
+@pytest.fixture(scope="module")
+def policy(processor, tmp_path_factory):
+    """A folder with a random policy of the released structure on 28-pixel images."""
+    folder = tmp_path_factory.mktemp("policy") / "small"
+    tower = {"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
+    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32064, "pad_token_id": 32000}
+    config = OpenVLAConfig(
+        "small",
+        llm_backbone_id="llama2-7b-pure",
+        image_resize_strategy="resize-naive",
+        timm_model_ids=["dino", "siglip"],
+        image_sizes=[28, 28],
+        timm_model_args={
+            "dino": {**tower, "reg_tokens": 1, "no_embed_class": True, "init_values": 0.1},
+            "siglip": {**tower, "class_token": False},
+        },
+        text_config=text,
+    )
+    torch.manual_seed(0)
+    openvla.OpenVLAForActionPrediction(config).save_pretrained(folder)
+    settings = {**processor.image_processor.to_dict(), "input_sizes": [(3, 28, 28)] * 2}
+    image_processor = openvla.OpenVLAImageProcessor(**settings)
+    template = processor.prompt_template
+    openvla.OpenVLAProcessor(image_processor, processor.tokenizer, template, 29871, num_patches=4).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CACHE", tmp_path / "cache")
+    return write_folder(tmp_path / "my_robot")
+
+
+def finetune(policy, data, run, *options) -> list[float]:
+    """Runs it and returns the losses."""
+    sft.main(["--model", str(policy), "--data", str(data), "--output_dir", str(run), *OPTIONS, *options])
+    return losses(run)
+
+
+def losses(run) -> list[float]:
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "mode, moved",
+    [
+        ("full", ["vision_backbone", "projector", "layers.0", "layers.1", "embed_tokens", "lm_head", "model.norm"]),
+        ("frozen-vision", ["projector", "layers.0", "layers.1", "embed_tokens", "lm_head", "model.norm"]),
+        ("last-layer", ["layers.1", "embed_tokens", "lm_head"]),
+        ("sandwich", ["vision_backbone", "projector", "layers.1", "embed_tokens", "lm_head"]),
+    ],
+)
+def test_every_trained_weight_moves_and_every_frozen_one_stays(mode, moved, policy, data, tmp_path):
+    run = tmp_path / "run"
+    options = ["--mode", mode, "--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    finetune(policy, data, run, *options, "--warmup_steps", "0")
+    before, after = weights(policy), weights(run / "merged")
+    assert set(before) == set(after)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != any(part in name for part in moved), name
+
+
+def test_lora_moves_linear_layers_only_and_merges(policy, data, tmp_path):
+    run = tmp_path / "run"
+    finetune(policy, data, run, "--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no")
+    before, after = weights(policy), weights(run / "merged")
+    for name, tensor in before.items():
+        linear = any(f".{part}.weight" in name for part in ("qkv", "attn.proj", "fc1", "fc2", "fc3"))
+        linear |= "_proj.weight" in name or ("projector" in name and "weight" in name)
+        assert torch.equal(after[name], tensor) != linear, name
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"]) == (32, 16)
+    # what others load: adapter on its base, and the merged folder, act alike; with the new statistics and crop
+    merged, processor = openvla.load(run / "merged", dtype=torch.float32)
+    assert set(merged.norm_stats) == {"my_robot"} and processor.image_processor.center_crop_area == 0.9
+    adapted, _ = openvla.load(run / "adapter", dtype=torch.float32)
+    inputs = processor(processor.build_prompt("go"), np.full((32, 48, 3), 90, np.uint8))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert merged.predict_action(**inputs).shape == (7,)
+
+
+def test_lora_without_vision(policy, data, tmp_path):
+    options = ["--lora_vision", "false", "--lora_rank", "4", "--max_steps", "1", "--save_strategy", "no"]
+    finetune(policy, data, tmp_path / "run", *options)
+    names = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert names and not any("vision_backbone" in name for name in names) and any("projector" in n for n in names)
+
+
+def test_one_large_batch_equals_many_small_ones(policy, data, tmp_path):
+    common = ["--mode", "full", "--max_steps", "3", "--save_strategy", "no", "--learning_rate", "1e-3"]
+    large = finetune(policy, data, tmp_path / "large", *common, "--per_device_train_batch_size", "8")
+    small = finetune(
+        policy,
+        data,
+        tmp_path / "small",
+        *common,
+        "--per_device_train_batch_size",
+        "1",
+        "--gradient_accumulation_steps",
+        "8",
+    )
+    np.testing.assert_allclose(small, large, rtol=1e-5)
+
+
+def test_held_out_episodes_are_scored_and_the_best_is_kept(policy, data, tmp_path):
+    run = tmp_path / "run"
+    options = ["--validation_share", "0.5", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "4"]
+    finetune(policy, data, run, *options, "--save_strategy", "no", "--learning_rate", "1e-2")
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [entry for entry in history if "eval_token_accuracy" in entry]
+    assert [entry["step"] for entry in scores] == [2, 4] and len(scores[0]["eval_l1_physical"]) == 7
+    assert (run / "best" / "adapter_model.safetensors").exists() and (run / "curves.png").stat().st_size > 10_000
+
+
+def test_a_resumed_run_sees_what_it_would_have_seen(policy, data, tmp_path):
+    options = ["--max_steps", "6", "--save_steps", "2", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
+    whole = finetune(policy, data, tmp_path / "whole", *options)
+    stopped = tmp_path / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        collate = ActionCollator.__call__
+
+        def fail(self, rows):
+            if rows[0]["draw"] >= 2 * 5:  # the sixth batch, fetched during the fifth step
+                raise KeyboardInterrupt
+            return collate(self, rows)
+
+        patch.setattr(ActionCollator, "__call__", fail)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(policy, data, stopped, *options)
+    assert sft.last_checkpoint(str(stopped)).endswith("checkpoint-4")
+    assert finetune(policy, data, stopped, *options, "--resume", "true") == whole
+    before, after = weights(tmp_path / "whole" / "merged"), weights(stopped / "merged")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_nothing_half_written_and_resumes(policy, data, tmp_path):
+    options = ["--max_steps", "40", "--save_steps", "3", "--learning_rate", "1e-3", "--model", str(policy)]
+    command = [sys.executable, "-m", "openvla.cli", "finetune", "--data", str(data), *OPTIONS, *options]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, "--output_dir", str(whole)], check=True, env=environment, capture_output=True)
+    process = subprocess.Popen([*command, "--output_dir", str(killed)], env=environment, stderr=subprocess.DEVNULL)
+    while not (killed / ".incomplete" / "checkpoint-21").exists():  # while it writes
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for checkpoint in killed.glob("checkpoint-*"):
+        assert (checkpoint / "trainer_state.json").exists() and load_file(checkpoint / "adapter_model.safetensors")
+    resumed = [*command, "--output_dir", str(killed), "--resume", "true"]
+    subprocess.run(resumed, check=True, env=environment, capture_output=True)
+    assert losses(killed) == losses(whole)
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------------
+def test_run_order_is_seeded_permutations():
+    order = sft.run_order(10, 25, seed=3)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
+    assert len(order) == 25 and order == sft.run_order(10, 25, seed=3) != sft.run_order(10, 25, seed=4)
+
+
+def test_split_holds_out_whole_good_episodes():
+    lengths = [3, 0, 5, 2, 4, 6]
+    train, held_out = sft.split_episodes(lengths, 0.4, seed=0)
+    assert sorted(train + held_out) == [0, 2, 3, 4, 5] and len(held_out) == 2
+    assert sft.split_episodes(lengths, 0.4, seed=0) == (train, held_out)
+    assert sft.split_episodes(lengths, 0.0, seed=0) == ([0, 2, 3, 4, 5], [])
+    with pytest.raises(ValueError, match="Cannot hold out"):
+        sft.split_episodes([3], 0.1, seed=0)
+
+
+def test_lora_on_openvla_7b_trains_what_the_original_did_but_for_what_never_runs():
+    peft = pytest.importorskip("peft")
+    from test_configuration_openvla import OPENVLA_7B
+
+    with torch.device("meta"):
+        model = openvla.OpenVLAForActionPrediction(OpenVLAConfig(**OPENVLA_7B))
+        adapted = peft.get_peft_model(model, sft.lora_config(32, None, 0.0, vision=True))
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    rank, head = 32, 32 * (4096 + 32064)
+    dino_block = rank * (1024 + 3072 + 2 * 1024 + 2 * (1024 + 4096))
+    siglip_block = rank * (1152 + 3456 + 2 * 1152 + 2 * (1152 + 4304))
+    pool = rank * (2 * 1152 + 1152 + 2304 + 2 * 1152 + 2 * (1152 + 4304))
+    convolutions = sum(rank * (3 * 14 * 14) + rank * dim for dim in (1024, 1152))
+    # the original's 110,828,288 include adapters of the head, of blocks and a pool that never run, and of convolutions
+    assert trained == 110_828_288 - head - dino_block - siglip_block - pool - convolutions == 107_862_016
+    assert "lm_head              131,334,144               0    0.00%" in sft.parameter_table(adapted)
