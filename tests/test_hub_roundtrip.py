@@ -82,6 +82,19 @@ def test_a_resized_embedding_table_does_not_move_the_actions(checkpoint, fresh_m
     assert torch.equal(again.sample_actions(**observation, action_dim=7).token_ids, before)
 
 
+def test_bins_of_equal_population_are_part_of_the_checkpoint(fresh_model, observation, recorded, tmp_path):
+    actions = np.random.default_rng(0).normal(0, 0.2, (1000, 7))
+    fresh_model.config.action_bins = openvla.ActionTokenizer.fit(actions)
+    fresh_model.save_pretrained(tmp_path)
+    again = openvla.OpenVLAForActionPrediction.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    output = again.sample_actions(**observation, action_dim=7)
+    ids = recorded["inputs"][0]["action_ids"]
+    assert output.token_ids.tolist() == [ids]
+    centers = np.array(fresh_model.config.action_bins["centers"])
+    expected = [centers[dim][min(32000 - token - 1, 254)] for dim, token in enumerate(ids)]
+    np.testing.assert_allclose(output.actions[0, 0].numpy(), expected, atol=1e-12)
+
+
 def test_missing_weights_raise(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "broken", ignore=shutil.ignore_patterns("*.safetensors*"))
     kept = {name: tensor for name, tensor in weights(checkpoint).items() if not name.startswith("projector.fc2")}
