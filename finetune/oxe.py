@@ -5,22 +5,35 @@ The convention: deltas of the end effector (x, y, z, roll, pitch, yaw), then the
 is taken as it is.
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-# name -> image keys, the main camera first
-_IMAGE_KEYS = {
-    "bridge_orig": ["image_0", "image_1", "image_2", "image_3"],
-    "bridge_dataset": ["image_0", "image_1", "image_2", "image_3"],
-    "fractal20220817_data": ["image"],
-}
-_IMAGE_KEYS |= {f"libero_{suite}_no_noops": ["image", "wrist_image"] for suite in ("spatial", "object", "goal", "10")}
+_TABLES = json.loads((Path(__file__).parent / "oxe.json").read_text())
+DATASETS, MIXTURES = _TABLES["datasets"], _TABLES["mixtures"]
+_RLDS = "_dataset_converted_externally_to_rlds"
 
 
 def image_keys(name: str, available: list[str]) -> list[str]:
     """The dataset's cameras, the main one first; for unknown datasets whatever there is, in the order of the file."""
-    return [key for key in _IMAGE_KEYS.get(name, available) if key in available]
+    known = DATASETS[name]["images"] if name in DATASETS else []
+    return [key for key in known if key in available] or available
+
+
+def mixture_shares(mixture: str) -> dict[str, float]:
+    """Share of the steps that each dataset of a mixture contributes: weight × size, normalised.
+
+    Raises KeyError that lists the mixtures, or names datasets whose size is not known.
+    """
+    if mixture not in MIXTURES:
+        raise KeyError(f"Unknown mixture {mixture!r}; known: {sorted(MIXTURES)}.")
+    if unsized := [name for name, _ in MIXTURES[mixture] if "steps" not in DATASETS[name]]:
+        raise KeyError(f"The sizes of {unsized} are not known.")
+    mass = {name: weight * DATASETS[name]["steps"] for name, weight in MIXTURES[mixture]}
+    return {name: value / sum(mass.values()) for name, value in mass.items()}
 
 
 @dataclass
@@ -48,7 +61,7 @@ def _state(steps: dict) -> np.ndarray | None:
 
 
 def _instructions(steps: dict) -> list[str]:
-    for place in ("language_instruction", "observation/natural_language_instruction"):
+    for place in ("language_instruction", "observation/natural_language_instruction", "observation/instruction"):
         if place in steps:
             return [text.decode() if isinstance(text, bytes) else str(text) for text in steps[place]]
     raise ValueError(f"has no instruction among {sorted(steps)}")
@@ -93,25 +106,126 @@ def standardize_bridge(steps: dict) -> Trajectory:
     return Trajectory(np.concatenate([reached, gripper[:-1, None]], axis=1), state[:-1], instructions, first_step=1)
 
 
-def standardize_fractal(steps: dict) -> Trajectory:
-    """RT-1's robot: gripper commands are relative, +1 closes."""
-    gripper = relative_to_absolute_gripper(steps["action/gripper_closedness_action"][:, 0])
-    parts = [steps["action/world_vector"], steps["action/rotation_delta"], gripper[:, None]]
-    actions = np.concatenate(parts, axis=1).astype(np.float32)
-    return Trajectory(actions, None, _instructions(steps))
+def _world_deltas(steps: dict, gripper: np.ndarray, rotation: bool = True) -> Trajectory:
+    """World vector, rotation delta (or zeros) and a gripper `(N,)` that is already absolute."""
+    motion = steps["action/world_vector"]
+    turn = steps["action/rotation_delta"] if rotation else np.zeros_like(motion)
+    return _trajectory(steps, motion, turn, gripper)
 
 
-def standardize_libero(steps: dict) -> Trajectory:
-    """LIBERO's gripper is -1 open, +1 closed."""
-    actions = steps["action"].astype(np.float32)
-    gripper = invert_gripper(np.clip(actions[:, 6:], 0.0, 1.0))
-    actions = np.concatenate([actions[:, :6], gripper], axis=1)
-    return Trajectory(actions, _state(steps), _instructions(steps))
+def _trajectory(steps: dict, *parts: np.ndarray) -> Trajectory:
+    """Columns of the action, side by side; `(N,)` counts as one column."""
+    columns = [np.asarray(part, dtype=np.float32).reshape(len(part), -1) for part in parts]
+    return Trajectory(np.concatenate(columns, axis=1), _state(steps), _instructions(steps))
+
+
+def _closedness(steps: dict) -> np.ndarray:
+    """`(N,)`, relative or 1 = closed, depending on the dataset."""
+    values = steps["action/gripper_closedness_action"]
+    return values.reshape(len(values), -1)[:, 0]
+
+
+def _clip(gripper: np.ndarray) -> np.ndarray:
+    return np.clip(gripper, 0.0, 1.0)
+
+
+def quaternion_to_euler(quaternion: np.ndarray) -> np.ndarray:
+    """`(N, 4)` x, y, z, w -> `(N, 3)` roll, pitch, yaw in rad, for the rotation Rz · Ry · Rx."""
+    x, y, z, w = (quaternion / np.linalg.norm(quaternion, axis=1, keepdims=True)).T
+    roll = np.arctan2(2 * (w * x + y * z), 1 - 2 * (x * x + y * y))
+    pitch = np.arcsin(np.clip(2 * (w * y - z * x), -1.0, 1.0))
+    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    return np.stack([roll, pitch, yaw], axis=1)
+
+
+def standardize_language_table(steps: dict) -> Trajectory:
+    """Two dims in the plane; the instruction is an array of character codes, ended by 0."""
+    actions = np.zeros((len(steps["action"]), 7), dtype=np.float32)
+    actions[:, :2], actions[:, 6] = steps["action"], 1.0
+    codes = steps["observation/instruction"]
+    instructions = ["".join(map(chr, row[: list(row).index(0)] if 0 in row else row)) for row in codes]
+    return Trajectory(actions, _state(steps), instructions)
+
+
+def _relative_gripper(steps: dict) -> Trajectory:
+    return _world_deltas(steps, relative_to_absolute_gripper(_closedness(steps)))
+
+
+def _closed_gripper(steps: dict) -> Trajectory:
+    return _world_deltas(steps, invert_gripper(_clip(_closedness(steps))))
+
+
+def _closed_last(steps: dict) -> Trajectory:
+    a = steps["action"]
+    return _trajectory(steps, a[:, :6], invert_gripper(_clip(a[:, -1])))
+
+
+def _inverted_last(steps: dict) -> Trajectory:
+    a = steps["action"]
+    return _trajectory(steps, a[:, :6], invert_gripper(a[:, -1]))
+
+
+def _without_last(steps: dict) -> Trajectory:
+    return _trajectory(steps, steps["action"][:, :-1])
+
+
+def _quaternion_then(gripper: Callable) -> Callable[[dict], Trajectory]:
+    def standardize(steps: dict) -> Trajectory:
+        a = steps["action"]
+        return _trajectory(steps, a[:, :3], quaternion_to_euler(a[:, 3:7]), gripper(a))
+
+    return standardize
+
+
+def standardize_bc_z(steps: dict) -> Trajectory:
+    """Ten future steps are predicted; the first one is kept."""
+    motion, turn = steps["action/future/xyz_residual"][:, :3], steps["action/future/axis_angle_residual"][:, :3]
+    return _trajectory(
+        steps, motion, turn, invert_gripper(steps["action/future/target_close"][:, :1].astype(np.float32))
+    )
+
+
+def standardize_droid(steps: dict) -> Trajectory:
+    """Cartesian velocities; the gripper's position is 1 = closed. (The original also swaps the two outside cameras at
+    random.)"""
+    gripper = steps["action_dict/gripper_position"].reshape(-1)
+    return _trajectory(steps, steps["action_dict/cartesian_velocity"], invert_gripper(gripper))
 
 
 STANDARDIZE = {
     "bridge_orig": standardize_bridge,
     "bridge_dataset": standardize_bridge,
-    "fractal20220817_data": standardize_fractal,
+    "fractal20220817_data": _relative_gripper,
+    "kuka": _relative_gripper,
+    "taco_play": lambda steps: _trajectory(
+        steps, steps["action/rel_actions_world"][:, :6], _clip(steps["action/rel_actions_world"][:, 6])
+    ),
+    "jaco_play": lambda steps: _world_deltas(steps, relative_to_absolute_gripper(_closedness(steps)), rotation=False),
+    "berkeley_cable_routing": lambda steps: _world_deltas(steps, np.zeros(len(steps["action/world_vector"]))),
+    "roboturk": _closed_gripper,
+    "viola": _closed_gripper,
+    "berkeley_autolab_ur5": _relative_gripper,
+    "toto": lambda steps: _world_deltas(steps, steps["action/open_gripper"].reshape(-1)),
+    "language_table": standardize_language_table,
+    f"stanford_hydra{_RLDS}": _inverted_last,
+    f"austin_buds{_RLDS}": _closed_last,
+    f"nyu_franka_play{_RLDS}": lambda steps: _trajectory(
+        steps, steps["action"][:, -8:-2], _clip(steps["action"][:, -2])
+    ),
+    f"furniture_bench{_RLDS}": _quaternion_then(lambda a: invert_gripper(_clip(a[:, -1]))),
+    f"ucsd_kitchen{_RLDS}": _without_last,
+    f"austin_sailor{_RLDS}": _closed_last,
+    f"austin_sirius{_RLDS}": _closed_last,
+    f"dlr_edan_shared_control{_RLDS.removeprefix('_dataset')}": _inverted_last,
+    f"iamlab_cmu_pickup_insert{_RLDS.removeprefix('_dataset')}": _quaternion_then(lambda a: a[:, 7]),
+    "utaustin_mutex": _closed_last,
+    "berkeley_fanuc_manipulation": lambda steps: _trajectory(
+        steps, steps["action"], invert_gripper(steps["observation/state"][:, 6])
+    ),
+    "cmu_stretch": _without_last,
+    "bc_z": standardize_bc_z,
+    "fmb_dataset": Trajectory.from_steps,
+    "dobbe": Trajectory.from_steps,
+    "droid": standardize_droid,
+    **{f"libero_{suite}_no_noops": _closed_last for suite in ("spatial", "object", "goal", "10")},
 }
-STANDARDIZE |= {f"libero_{suite}_no_noops": standardize_libero for suite in ("spatial", "object", "goal", "10")}

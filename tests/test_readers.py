@@ -10,7 +10,6 @@ from PIL import Image
 
 from openvla import cli
 from openvla.finetune import statistics
-from openvla.finetune.oxe import binarize_gripper, relative_to_absolute_gripper, standardize_bridge
 from openvla.finetune.readers import open_reader
 from openvla.finetune.readers.rlds import masked_crc32c
 from openvla.finetune.steps import StepDataset
@@ -330,23 +329,3 @@ def test_empty_instructions_and_missing_images(tmp_path):
     (folder / "episode_000" / "wrist" / "002.png").unlink()
     with pytest.raises(ValueError, match="wrist holds 4 images for 5 actions"):
         open_reader(folder).read(0)
-
-
-# --- Conventions -----------------------------------------------------------------------------------------------------
-def test_grippers_by_hand():
-    assert binarize_gripper(np.array([0.5, 1.0, 0.5, 0.5, 0.0, 0.96, 0.3])).tolist() == [1, 1, 0, 0, 0, 1, 0.3]
-    relative = np.array([0.0, 0.0, 1.0, 0.0, -1.0, 0.05, 0.0])  # closes at 2, opens at 4
-    assert relative_to_absolute_gripper(relative).tolist() == [1, 1, 0, 0, 1, 1, 1]
-    assert relative_to_absolute_gripper(np.zeros(3)).tolist() == [1, 1, 1]
-
-
-def test_bridge_by_hand():
-    steps = {
-        "action": np.array([[0] * 7, [9] * 6 + [1.0], [9] * 6 + [0.5], [9] * 6 + [0.0]], dtype=np.float32),
-        "observation/state": np.outer([5, 10, 12, 17], np.ones(7)).astype(np.float32),
-        "language_instruction": list("abcd"),
-    }
-    trajectory = standardize_bridge(steps)
-    assert trajectory.actions.tolist() == [[2.0] * 6 + [1.0], [5.0] * 6 + [0.0]]
-    assert trajectory.proprio[:, 0].tolist() == [10, 12] and trajectory.instructions == ["b", "c"]
-    assert trajectory.first_step == 1
