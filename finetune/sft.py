@@ -29,7 +29,7 @@ class FinetuneArguments:
     data: str = field(metadata={"help": "folder (or HDF5 file) of the demonstrations"})
     name: str | None = field(default=None, metadata={"help": "unnorm_key of the new policy; default: the dataset's"})
     mode: str = field(default="lora", metadata={"help": ", ".join(MODES)})
-    cameras: list[str] | None = field(default=None, metadata={"help": "which, in order; default: the main one"})
+    cameras: list[str] | None = field(default=None, metadata={"help": "which, in order; default: the first ones"})
     lora_rank: int = 32
     lora_alpha: int | None = field(default=None, metadata={"help": "default: min(rank, 16), as the original"})
     lora_dropout: float = 0.0
@@ -245,8 +245,9 @@ def main(argv: list[str]) -> None:
     model.config.norm_stats = {reader.name: found.norm_stats}
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
-    if args.cameras is not None and len(args.cameras) != processor.num_cameras:
-        raise ValueError(f"The policy takes {processor.num_cameras} camera(s), got --cameras {args.cameras}.")
+    cameras = args.cameras or reader.cameras[: processor.num_cameras]
+    if len(cameras) != processor.num_cameras:
+        raise ValueError(f"The policy takes {processor.num_cameras} camera(s), got {cameras} of {reader.cameras}.")
 
     # 3. What is trained, in which order
     peft_config = None
@@ -254,7 +255,7 @@ def main(argv: list[str]) -> None:
         peft_config = lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_vision)
     else:
         choose_trainable(model, args.mode)
-    chunk, cameras = model.config.action_chunk, args.cameras
+    chunk = model.config.action_chunk
     stats = ActionStats.from_norm_stats(model.norm_stats, reader.name, model.config.action_normalization)
     steps = StepDataset(reader, found.lengths, train_episodes, cameras, chunk)
     collator = ActionCollator(steps, processor, stats, model.action_tokenizer, config.seed if args.augment else None)
