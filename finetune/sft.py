@@ -34,6 +34,7 @@ class FinetuneArguments:
     lora_alpha: int | None = field(default=None, metadata={"help": "default: min(rank, 16), as the original"})
     lora_dropout: float = 0.0
     lora_vision: bool = field(default=True, metadata={"help": "adapters in the vision towers, too"})
+    lora_head: bool = field(default=False, metadata={"help": "also train lm_head, whole: helps small policies"})
     augment: bool = field(default=True, metadata={"help": "random crops and colours; recorded in the checkpoint"})
     validation_share: float = field(default=0.05, metadata={"help": "of the episodes, held out; 0: none"})
     validation_steps: int = field(default=200, metadata={"help": "at most so many steps per evaluation"})
@@ -81,7 +82,7 @@ def choose_trainable(model, mode: str) -> None:
         module.requires_grad_(True)
 
 
-def lora_config(rank: int, alpha: int | None, dropout: float, vision: bool):
+def lora_config(rank: int, alpha: int | None, dropout: float, vision: bool, head: bool = False):
     """LoRA on every linear layer but the head, as the original but for modules that never run."""
     from peft import LoraConfig
 
@@ -91,6 +92,7 @@ def lora_config(rank: int, alpha: int | None, dropout: float, vision: bool):
         lora_dropout=dropout,
         target_modules="all-linear",
         exclude_modules=None if vision else r".*vision_backbone.*",
+        modules_to_save=["lm_head"] if head else None,
         init_lora_weights="gaussian",
     )
 
@@ -252,7 +254,7 @@ def main(argv: list[str]) -> None:
     # 3. What is trained, in which order
     peft_config = None
     if args.mode in ("lora", "qlora"):
-        peft_config = lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_vision)
+        peft_config = lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_vision, args.lora_head)
     else:
         choose_trainable(model, args.mode)
     chunk = model.config.action_chunk

@@ -131,6 +131,19 @@ def test_lora_without_vision(policy, data, tmp_path):
     assert names and not any("vision_backbone" in name for name in names) and any("projector" in n for n in names)
 
 
+def test_lora_with_the_head(policy, data, tmp_path):
+    options = ["--lora_head", "true", "--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    finetune(policy, data, tmp_path / "run", *options)
+    before, after = weights(policy), weights(tmp_path / "run" / "merged")
+    assert set(before) == set(after)
+    assert not torch.equal(after["language_model.lm_head.weight"], before["language_model.lm_head.weight"])
+    adapted, processor = openvla.load(tmp_path / "run" / "adapter", dtype=torch.float32)
+    merged, _ = openvla.load(tmp_path / "run" / "merged", dtype=torch.float32)
+    inputs = processor(processor.build_prompt("go"), np.full((32, 48, 3), 90, np.uint8))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_one_large_batch_equals_many_small_ones(policy, data, tmp_path):
     common = ["--mode", "full", "--max_steps", "3", "--save_strategy", "no", "--learning_rate", "1e-3"]
     large = finetune(policy, data, tmp_path / "large", *common, "--per_device_train_batch_size", "8")
