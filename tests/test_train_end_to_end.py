@@ -124,6 +124,16 @@ def test_lora_moves_linear_layers_only_and_merges(policy, data, tmp_path):
     assert merged.predict_action(**inputs).shape == (7,)
 
 
+def test_qlora_trains_on_a_cpu(policy, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    options = ["--mode", "qlora", "--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    assert all(np.isfinite(finetune(policy, data, tmp_path / "run", *options)))
+    adapter = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    moved = {name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().max() > 0}
+    assert any("language_model" in name for name in moved) and any("vision_backbone" in name for name in moved)
+    assert not (tmp_path / "run" / "merged").exists()  # merged into the unquantised base, not into 4 bits
+
+
 def test_lora_without_vision(policy, data, tmp_path):
     options = ["--lora_vision", "false", "--lora_rank", "4", "--max_steps", "1", "--save_strategy", "no"]
     finetune(policy, data, tmp_path / "run", *options)
