@@ -96,5 +96,6 @@ def _describe(values: np.ndarray) -> dict[str, list[float]]:
 
 def _fingerprint(reader: Reader, *options) -> str:
     files = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in reader.files()]
-    content = [openvla.__version__, reader.name, files, options]  # a new version may standardise differently
+    standardization = [(Path(__file__).parent / name).read_text() for name in ("oxe.py", "oxe.json")]
+    content = [openvla.__version__, standardization, reader.name, files, options]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
