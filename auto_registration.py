@@ -22,6 +22,7 @@ _PAIRS = {
     f"{_AUTO}processing_auto": "openvla.processing_openvla",
 }
 _registered: set[str] = set()
+_finished: set[str] = set()  # whose code has run, though Python may still count them as being imported
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
@@ -38,7 +39,8 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
         def exec_and_register(module):
             exec_module(module)
-            register(finished=name)
+            _finished.add(name)
+            register()
 
         spec.loader.exec_module = exec_and_register
         return spec
@@ -51,12 +53,17 @@ def install() -> None:
         register()
 
 
-def register(finished: str | None = None) -> None:
-    """Registers every pair whose transformers side is loaded and whose own side is not just being imported."""
+def register() -> None:
+    """Registers every pair whose transformers side is loaded and whose own side is not just being imported.
+
+    Waits while any of transformers' four is: ours, when imported, look up Auto classes there.
+    """
 
     def importing(name: str) -> bool:
-        return name != finished and name in sys.modules and sys.modules[name].__spec__._initializing
+        return name not in _finished and name in sys.modules and sys.modules[name].__spec__._initializing
 
+    if any(map(importing, _PAIRS)):
+        return
     for auto_name, our_name in _PAIRS.items():
         if auto_name in _registered or auto_name not in sys.modules or importing(auto_name) or importing(our_name):
             continue

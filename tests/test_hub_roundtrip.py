@@ -220,6 +220,19 @@ def test_auto_classes_serve_released_folders_once_the_package_is_imported(checkp
     ]
 
 
+@pytest.mark.parametrize("first", ["AutoConfig", "AutoImageProcessor", "AutoModel", "AutoProcessor", "AutoTokenizer"])
+def test_whichever_auto_class_comes_first_all_are_registered(first):
+    script = f"""
+        import openvla
+        from transformers import {first}
+        from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+        from openvla import auto_registration
+        print(auto_registration._registered == set(auto_registration._PAIRS))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True", done.stderr[-2000:]
+
+
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     script = "import sys, openvla; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "[]"
