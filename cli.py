@@ -8,13 +8,15 @@ COMMANDS = {
     "predict": ("openvla.serve.predict", "act once: image + instruction -> action"),
     "finetune": ("openvla.finetune.sft", "train on demonstrations: LoRA, QLoRA, partial or full"),
     "stats": ("openvla.finetune.stats", "check a dataset and print its statistics"),
+    "data inspect": ("openvla.finetune.inspection", "what is in a dataset and what will hurt, as an HTML report"),
+    "data convert": ("openvla.finetune.conversion", "turn any dataset we read into a LeRobot v3 dataset"),
     "doctor": ("openvla.evaluate.doctor", "check that a checkpoint sees, listens and has sane statistics"),
     "bench": ("openvla.evaluate.bench", "milliseconds per action, measured side by side"),
 }
 
 
 def usage() -> str:
-    verbs = "\n".join(f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items())
+    verbs = "\n".join(f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items())
     return f"usage: openvla [--traceback] COMMAND …\n\n{verbs}\n\nopenvla COMMAND --help shows examples and options."
 
 
@@ -40,16 +42,18 @@ def main(argv: list[str] | None = None) -> None:
     if argv[0] == "--version":
         print(importlib.import_module("openvla").__version__)
         return
-    if argv[0] not in COMMANDS:
-        sys.exit(f"openvla: unknown command {argv[0]!r}\n\n{usage()}")
-    command = importlib.import_module(COMMANDS[argv[0]][0])
+    words = 1 + any(verb.startswith(f"{argv[0]} ") for verb in COMMANDS)
+    verb = " ".join(argv[:words])
+    if verb not in COMMANDS:
+        sys.exit(f"openvla: unknown command {verb!r}\n\n{usage()}")
+    command = importlib.import_module(COMMANDS[verb][0])
     try:
-        command.main(argv[1:])
+        command.main(argv[words:])
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if traceback:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        sys.exit(f"openvla {argv[0]}: {message}")
+        sys.exit(f"openvla {verb}: {message}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_usage(capsys):
         cli.main(["predcit"])
     for command in cli.COMMANDS.keys() - {"finetune"}:  # whose parser is TRL's
         with pytest.raises(SystemExit) as stop:
-            cli.main([command, "--help"])
+            cli.main([*command.split(), "--help"])
         assert stop.value.code == 0 and f"openvla {command}" in capsys.readouterr().out
 
 
