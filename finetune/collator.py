@@ -8,7 +8,7 @@ import torch
 
 from openvla.action_tokenizer import ActionStats, ActionTokenizer
 from openvla.finetune.augment import augment
-from openvla.finetune.steps import Step, StepDataset
+from openvla.finetune.steps import MixedSteps, Step, StepDataset
 
 
 class ActionCollator:
@@ -20,13 +20,18 @@ class ActionCollator:
     Args:
         steps: where rows' indices point to.
         processor: `OpenVLAProcessor`.
-        stats: of the dataset, to normalise actions.
+        stats: of each dataset by its name, to normalise actions.
         tokenizer: of the model (`ActionTokenizer.from_config`).
         seed: of the augmentation; None: no augmentation, as for evaluation.
     """
 
     def __init__(
-        self, steps: StepDataset, processor, stats: ActionStats, tokenizer: ActionTokenizer, seed: int | None = None
+        self,
+        steps: StepDataset | MixedSteps,
+        processor,
+        stats: dict[str, ActionStats],
+        tokenizer: ActionTokenizer,
+        seed: int | None = None,
     ):
         self.steps = steps
         self.processor = processor
@@ -71,7 +76,7 @@ class ActionCollator:
     def action_ids(self, step: Step) -> list[int]:
         """T·A action ids of a step, time by time."""
         try:
-            return self.tokenizer.encode(self.stats.normalize(step.actions)).reshape(-1).tolist()
+            return self.tokenizer.encode(self.stats[step.dataset].normalize(step.actions)).reshape(-1).tolist()
         except ValueError as error:
             raise ValueError(f"{step.source}: {error}") from error
 

@@ -2,17 +2,18 @@
 
 openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/cup --max_steps 5000
 openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/cup --mode qlora --max_steps 5000
+openvla finetune --model openvla/openvla-7b --data lab/pick_cup lab/pour --weights 1 0.5 --output_dir runs/both
+openvla finetune --model openvla/openvla-7b --data datasets --mixture bridge_rt_1 --mode full --output_dir runs/oxe
 openvla finetune --config recipe.yaml --learning_rate 1e-4
 openvla finetune --config recipe.yaml --resume true
+accelerate launch --num_processes 8 -m openvla.cli finetune --config recipe.yaml
 
 Every option of TRL's SFTConfig is accepted. A run folder holds `checkpoint-N` (to resume from), `best` (by L1 on
 held-out episodes), `merged` (a folder like a Hub repository, ready to act), `metrics.jsonl` and `curves.png`.
 """
 
-import json
 import logging
-import os
-import shutil
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,8 +27,14 @@ class FinetuneArguments:
     last decoder layer, head), sandwich (towers, projector, and last-layer)."""
 
     model: str = field(metadata={"help": "folder or Hub id of the policy to start from"})
-    data: str = field(metadata={"help": "folder (or HDF5 file) of the demonstrations"})
+    data: list[str] = field(metadata={"help": "folders, HDF5 files, or Hub ids of LeRobot datasets"})
     name: str | None = field(default=None, metadata={"help": "unnorm_key of the new policy; default: the dataset's"})
+    weights: list[float] | None = field(
+        default=None, metadata={"help": "of several datasets, which contribute in proportion to weight x steps"}
+    )
+    mixture: str | None = field(
+        default=None, metadata={"help": "of Open X-Embodiment (bridge_rt_1, …): data is the folder of its datasets"}
+    )
     mode: str = field(default="lora", metadata={"help": ", ".join(MODES)})
     cameras: list[str] | None = field(default=None, metadata={"help": "which, in order; default: the first ones"})
     lora_rank: int = 32
@@ -36,19 +43,23 @@ class FinetuneArguments:
     lora_vision: bool = field(default=True, metadata={"help": "adapters in the vision towers, too"})
     lora_head: bool = field(default=False, metadata={"help": "also train lm_head, whole: helps small policies"})
     augment: bool = field(default=True, metadata={"help": "random crops and colours; recorded in the checkpoint"})
+    decay_steps: list[int] | None = field(
+        default=None, metadata={"help": "steps at which the learning rate is divided by ten"}
+    )
+    ema: float | None = field(
+        default=None, metadata={"help": "decay (0.999, say) of an average of the weights, which is what gets saved"}
+    )
+    shuffle_episodes: int = field(
+        default=0, metadata={"help": "shuffle within windows of so many episodes, for slow disks; 0: everything"}
+    )
     validation_share: float = field(default=0.05, metadata={"help": "of the episodes, held out; 0: none"})
-    validation_steps: int = field(default=200, metadata={"help": "at most so many steps per evaluation"})
+    validation_steps: int = field(default=200, metadata={"help": "at most so many steps per dataset and evaluation"})
     skip_bad_episodes: bool = False
     resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint of output_dir"})
 
 
-def run_order(num_steps: int, draws: int, seed: int) -> list[int]:
-    """Which step each draw of a run takes: one seeded permutation of all steps after another."""
-    import numpy as np
-
-    passes = -(-draws // num_steps)
-    permutations = [np.random.default_rng([seed, number]).permutation(num_steps) for number in range(passes)]
-    return np.concatenate(permutations)[:draws].tolist()
+# Where TRL's own defaults do not suit: the original's for LoRA (5e-4, constant; 2e-5 for the other modes)
+DEFAULTS = {"learning_rate": None, "lr_scheduler_type": "constant", "eval_strategy": "steps", "eval_steps": 500}
 
 
 def split_episodes(lengths: list[int], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -116,124 +127,45 @@ def last_checkpoint(folder: str) -> str | None:
     return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
-def make_trainer_class():
-    """`SFTTrainer` that takes rows in their order, keeps half-written checkpoints out of sight, and scores actions.
+@dataclass
+class Source:
+    """One dataset of a run: its reader, what a pass over it found, and which episodes are for what."""
 
-    Made on demand, because TRL takes seconds to import.
-    """
-    import torch
-    from trl import SFTTrainer
-
-    from openvla.evaluate.offline import evaluate_actions
-
-    class ActionTrainer(SFTTrainer):
-        def __init__(self, *args, validation=None, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.validation = validation  # (collator, indices) or None
-            self.best = float("inf")
-            self._staging = None
-
-        def _get_train_sampler(self, train_dataset=None):
-            return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # rows are the run's order
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Cross-entropy over the scored tokens alone. TRL 1.16 projects every position onto the vocabulary where
-            there is no Triton, which makes a step on a CPU several times slower."""
-            targets = inputs["labels"][:, 1:]
-            kept = (targets != -100).any(dim=0).nonzero()[:, 0]
-            targets = targets[:, kept]
-            batch = {key: value for key, value in inputs.items() if key != "labels"}
-            outputs = model(**batch, use_cache=False, logits_to_keep=kept)
-            logits, scored = outputs.logits.float(), targets != -100
-            loss = torch.nn.functional.cross_entropy(logits[scored], targets[scored], reduction="sum")
-            right = (logits.argmax(dim=-1) == targets)[scored].sum()
-            right, count = self.accelerator.gather_for_metrics(torch.stack([right, scored.sum()])).view(-1, 2).sum(0)
-            self._metrics["train"]["mean_token_accuracy"].append((right / count).item())
-            if num_items_in_batch is None:
-                loss = loss / scored.sum()
-            else:  # of all processes, whose gradients are averaged
-                loss = loss * self.accelerator.num_processes / num_items_in_batch
-            return (loss, outputs) if return_outputs else loss
-
-        def _get_output_dir(self, trial):
-            return self._staging or super()._get_output_dir(trial)
-
-        def _save_checkpoint(self, model, trial):
-            run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-            self._staging = str(run / ".incomplete")
-            super()._save_checkpoint(model, trial)
-            self._staging = None
-            if not self.args.should_save:
-                return
-            shutil.rmtree(run / name, ignore_errors=True)
-            os.replace(run / ".incomplete" / name, run / name)
-            kept = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-            for old in kept[: -(self.args.save_total_limit or len(kept))]:
-                shutil.rmtree(old)
-
-        def evaluate(self, *args, **kwargs):
-            """Token accuracy and L1 on held-out steps; the best model so far is kept in `best`."""
-            collator, indices = self.validation
-            model = self.accelerator.unwrap_model(self.model)
-            found = evaluate_actions(model, collator, indices, self.args.per_device_eval_batch_size)
-            metrics = {f"eval_{key}": value for key, value in found.items()}
-            metrics["eval_l1"] = sum(found["l1_normalized"]) / len(found["l1_normalized"])
-            self.log(metrics)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            if metrics["eval_l1"] < self.best and self.args.should_save:
-                self.best = metrics["eval_l1"]
-                save_atomically(model, self.processing_class, Path(self.args.output_dir) / "best")
-            return metrics
-
-        def log(self, logs, *args, **kwargs):
-            super().log(logs, *args, **kwargs)
-            if self.args.should_save and self.state.log_history:
-                path = Path(self.args.output_dir) / "metrics.jsonl"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [json.dumps(entry) for entry in self.state.log_history]  # whole: a resumed run rewrites it
-                path.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
-                os.replace(path.with_suffix(".tmp"), path)
-
-    return ActionTrainer
+    reader: object
+    weight: float
+    scan: object
+    training: list[int]
+    held_out: list[int]
 
 
-def save_atomically(model, processor, folder: Path) -> None:
-    """Saves model (or adapter) and processor under a temporary name first."""
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+def find_datasets(args: FinetuneArguments) -> list[tuple[str, str | None, float]]:
+    """(place, name or None, weight) of each dataset of a run."""
+    places = [args.data] if isinstance(args.data, str) else list(args.data)  # a YAML file may hold one string
+    if args.mixture is None:
+        if args.name is not None and len(places) > 1:
+            raise ValueError(f"--name {args.name} cannot name {len(places)} datasets.")
+        weights = args.weights or [1.0] * len(places)
+        if len(weights) != len(places) or min(weights) <= 0:
+            raise ValueError(f"Expected {len(places)} positive --weights, one per dataset, got {weights}.")
+        return [(place, args.name, weight) for place, weight in zip(places, weights)]
+    from openvla.finetune.oxe import mixture_weights
 
-
-def plot_curves(history: list[dict], path: Path) -> None:
-    """Loss, token accuracy and L1 over the steps of a run, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    panels = {
-        "loss": ["loss"],
-        "token accuracy": ["mean_token_accuracy", "eval_token_accuracy"],
-        "L1, normalised": ["eval_l1"],
-    }
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
-    for axis, (title, keys) in zip(axes, panels.items()):
-        for key in keys:
-            points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            if points:
-                axis.plot(*zip(*points), label="held out" if key.startswith("eval") else "training")
-                axis.legend()
-        axis.set(title=title, xlabel="step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    if len(places) != 1 or args.weights or args.name:
+        raise ValueError("With --mixture, --data is the one folder of its datasets, without --weights and --name.")
+    found = []
+    for name, weight in mixture_weights(args.mixture).items():
+        versions = sorted(Path(places[0]).expanduser().glob(f"{name}/*/features.json"))
+        if not versions:
+            raise FileNotFoundError(
+                f"{args.mixture} needs {places[0]}/{name}/VERSION/features.json, which is missing."
+            )
+        found.append((str(versions[-1].parent), name, weight))
+    return found
 
 
 def main(argv: list[str]) -> None:
     import torch
+    from accelerate import PartialState
     from datasets import Dataset
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig, TrlParser
@@ -242,18 +174,30 @@ def main(argv: list[str]) -> None:
     from openvla.finetune.collator import ActionCollator
     from openvla.finetune.readers import open_reader
     from openvla.finetune.statistics import scan
-    from openvla.finetune.steps import StepDataset
+    from openvla.finetune.steps import MixedSteps, StepDataset, run_order
+    from openvla.finetune.trainer import ActionTrainer, WeightAverage, plot_curves, save_atomically
     from openvla.loading import load
 
     parser = TrlParser((FinetuneArguments, SFTConfig), prog="openvla finetune", description=__doc__)
+    parser.set_defaults(**DEFAULTS)
     args, config = parser.parse_args_and_config(argv)
     if args.mode not in MODES:
         raise ValueError(f"Unknown mode {args.mode!r}; expected one of {MODES}.")
+    adapts = args.mode in ("lora", "qlora")
+    if config.learning_rate is None:
+        config.learning_rate = 5e-4 if adapts else 2e-5
 
     # 1. Demonstrations
-    reader = open_reader(args.data, args.name)
-    found = scan(reader, args.skip_bad_episodes)
-    train_episodes, held_out = split_episodes(found.lengths, args.validation_share, config.seed)
+    sources = []
+    for place, name, weight in find_datasets(args):
+        with PartialState().main_process_first():  # the others find what it cached
+            reader = open_reader(place, name)
+            found = scan(reader, args.skip_bad_episodes)
+        training, held_out = split_episodes(found.lengths, args.validation_share, config.seed)
+        sources.append(Source(reader, weight, found, training, held_out))
+    names = [source.reader.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Datasets of a run need different names, got {names}: rename a folder.")
 
     # 2. Policy: its statistics are those of the new data alone, before the first step
     quantization = None
@@ -261,67 +205,96 @@ def main(argv: list[str]) -> None:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
-    dtype = torch.bfloat16 if config.bf16 and args.mode in ("lora", "qlora") else torch.float32
+    dtype = torch.bfloat16 if config.bf16 and adapts else torch.float32
     model, processor = load(args.model, dtype=dtype, quantization_config=quantization)
-    model.config.norm_stats = {reader.name: found.norm_stats}
+    model.config.norm_stats = {source.reader.name: source.scan.norm_stats for source in sources}
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
-    cameras = args.cameras or reader.cameras[: processor.num_cameras]
-    if len(cameras) != processor.num_cameras:
-        raise ValueError(f"The policy takes {processor.num_cameras} camera(s), got {cameras} of {reader.cameras}.")
 
     # 3. What is trained, in which order
     peft_config = None
-    if args.mode in ("lora", "qlora"):
+    if adapts:
         peft_config = lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_vision, args.lora_head)
     else:
         choose_trainable(model, args.mode)
-    chunk = model.config.action_chunk
-    stats = ActionStats.from_norm_stats(model.norm_stats, reader.name, model.config.action_normalization)
-    steps = StepDataset(reader, found.lengths, train_episodes, cameras, chunk)
-    collator = ActionCollator(steps, processor, stats, model.action_tokenizer, config.seed if args.augment else None)
-    validation = None
-    if held_out:
-        held_out_steps = StepDataset(reader, found.lengths, held_out, cameras, chunk)
-        indices = run_order(len(held_out_steps), min(args.validation_steps, len(held_out_steps)), config.seed)
-        validation = (ActionCollator(held_out_steps, processor, stats, model.action_tokenizer), indices)
+    chunk, scheme = model.config.action_chunk, model.config.action_normalization
+    stats = {name: ActionStats.from_norm_stats(model.norm_stats, name, scheme) for name in names}
+
+    def steps_of(source: Source, episodes: list[int]) -> StepDataset:
+        cameras = args.cameras or source.reader.cameras[: processor.num_cameras]
+        if len(cameras) != processor.num_cameras:
+            raise ValueError(
+                f"The policy takes {processor.num_cameras} camera(s), got {cameras} of {source.reader.cameras}."
+            )
+        keep_open = max(32, args.shuffle_episodes)
+        return StepDataset(source.reader, source.scan.lengths, episodes, cameras, chunk, keep_open)
+
+    parts = [steps_of(source, source.training) for source in sources]
+    steps = MixedSteps(parts)
+    seed = config.seed if args.augment else None
+    collator = ActionCollator(steps, processor, stats, model.action_tokenizer, seed)
+    validation = {}
+    for kind, share in (("", "held_out"), ("training_", "training")):
+        for source in sources:
+            scored = steps_of(source, getattr(source, share))
+            if len(scored):
+                prefix = kind if len(sources) == 1 else f"{source.reader.name}_{kind}"
+                indices = run_order(
+                    [scored.episode_lengths], None, min(args.validation_steps, len(scored)), config.seed
+                )
+                validation[prefix] = (ActionCollator(scored, processor, stats, model.action_tokenizer), indices)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     if config.max_steps < 0:
         config.max_steps = -(-len(steps) * int(config.num_train_epochs) // batch)
-    order = run_order(len(steps), config.max_steps * batch, config.seed)
-    rows = Dataset.from_dict({"index": order, "draw": list(range(len(order)))})
+    weights = [source.weight for source in sources]
+    lengths = [part.episode_lengths for part in parts]
+    order = run_order(lengths, weights, config.max_steps * batch, config.seed, args.shuffle_episodes)
+    rows = Dataset.from_dict({"index": order, "draw": range(len(order))})
 
     # 4. Train
     config.remove_unused_columns = False
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.max_length = None
-    if validation is None:
-        config.eval_strategy = "no"
-    trainer = make_trainer_class()(
+    trainer = ActionTrainer(
         model,
         args=config,
         train_dataset=rows,
-        eval_dataset=rows if validation else None,
+        eval_dataset=rows,  # to have `evaluate` called
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
         validation=validation,
+        decay_steps=args.decay_steps,
+        average=None if args.ema is None else WeightAverage(args.ema),
     )
-    if trainer.is_world_process_zero():
-        counts = f"{len(train_episodes)} episodes, {len(steps)} steps; held out: {len(held_out)} episodes"
-        print(f"{reader.name}: {counts}\n\n{parameter_table(trainer.accelerator.unwrap_model(trainer.model))}\n")
+    main_process = trainer.is_world_process_zero()
+    if main_process:
+        for source, part in zip(sources, parts):
+            counts = f"{len(source.training)} episodes, {len(part)} steps; held out: {len(source.held_out)} episodes"
+            print(f"{source.reader.name}: {counts}")
+        print(f"\n{parameter_table(trainer.accelerator.unwrap_model(trainer.model))}\n")
+    start = time.monotonic()
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if args.resume else None)
+    scored = {entry["step"] for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)}
+    if config.eval_strategy != "no" and trainer.state.global_step not in scored:
+        trainer.evaluate()
 
     # 5. What others can load
-    if trainer.is_world_process_zero():
-        run = Path(config.output_dir)
+    run = Path(config.output_dir)
+    if trainer.average is not None:
+        trainer.average.put_in()
+    if adapts:
+        trainer.save_policy(run / "adapter")
+    if main_process:
         plot_curves(trainer.state.log_history, run / "curves.png")
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        if peft_config is not None:
-            save_atomically(trained, processor, run / "adapter")
-        if args.mode == "qlora":
-            print(f"{run / 'adapter'} is the adapter; merge it into the unquantised base to publish.")
-            return
-        merged = trained.merge_and_unload() if peft_config is not None else trained
-        save_atomically(merged, processor, run / "merged")
+        print(f"trained for {(time.monotonic() - start) / 60:.1f} minutes; curves: {run / 'curves.png'}")
+    if args.mode == "qlora" or (adapts and trainer.is_fsdp_enabled):
+        if main_process:
+            print(f"{run / 'adapter'} is the adapter; merge it into the whole, unquantised base to publish.")
+        return
+    if adapts and main_process:
+        save_atomically(trainer.accelerator.unwrap_model(trainer.model).merge_and_unload(), processor, run / "merged")
+    elif not adapts:
+        trainer.save_policy(run / "merged")
+    if main_process:
         print(f"{run / 'merged'} is ready: openvla predict --model {run / 'merged'} …")

@@ -50,6 +50,7 @@ class Step:
         is_pad: `(T,)` bool, True past the end of the episode.
         proprio: `(P,)` float32, or None.
         source: file, episode and time, for error messages.
+        dataset: name of its dataset, hence whose statistics apply.
     """
 
     images: list[np.ndarray]
@@ -58,6 +59,7 @@ class Step:
     is_pad: np.ndarray
     proprio: np.ndarray | None
     source: str
+    dataset: str = ""
 
 
 class Reader(Protocol):
@@ -123,7 +125,8 @@ class StepDataset:
             raise ValueError(f"{reader.name} has no cameras {unknown}; it has {reader.cameras}.")
         self.chunk = chunk
         self.episodes = list(range(len(lengths))) if episodes is None else list(episodes)
-        self._ends = list(itertools.accumulate(lengths[episode] for episode in self.episodes))
+        self.episode_lengths = [lengths[episode] for episode in self.episodes]
+        self._ends = list(itertools.accumulate(self.episode_lengths))
         self._open: OrderedDict[int, Episode] = OrderedDict()
         self._keep_open = keep_open
 
@@ -148,6 +151,7 @@ class StepDataset:
             is_pad=np.arange(time, time + self.chunk) >= len(episode),
             proprio=None if episode.proprio is None else episode.proprio[time],
             source=f"{episode.source}, step {time}",
+            dataset=self.reader.name,
         )
 
     def _episode(self, number: int) -> Episode:
@@ -158,3 +162,60 @@ class StepDataset:
         if len(self._open) > self._keep_open:
             self._open.popitem(last=False)
         return episode
+
+
+class MixedSteps:
+    """Several `StepDataset`s, one after the other, as one."""
+
+    def __init__(self, parts: list[StepDataset]):
+        self.parts = parts
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Step:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Step {index} of {len(self)}.")
+        part = bisect.bisect_right(self._ends, index)
+        return self.parts[part][index - (self._ends[part - 1] if part else 0)]
+
+
+def run_order(
+    lengths: list[list[int]], weights: list[float] | None, draws: int, seed: int, window: int = 0
+) -> np.ndarray:
+    """Which step of `MixedSteps` each draw of a run takes, `(draws,)`.
+
+    Each dataset contributes in proportion to weight × steps, by a seeded choice per draw, and goes through all its
+    steps again and again, each time in another seeded order. Source of the shares: the original's
+    `sample_from_datasets`.
+
+    Args:
+        lengths: of each dataset, the steps of each episode.
+        window: 0: every order is a permutation of all steps; otherwise of the episodes, cut into windows of so many,
+            within which steps are permuted: few episodes are open at a time, at the price of a poorer shuffle.
+    """
+    sizes = [sum(episodes) for episodes in lengths]
+    mass = np.asarray(sizes, dtype=np.float64) * (np.ones(len(sizes)) if weights is None else weights)
+    choices = np.zeros(draws, dtype=np.int64)
+    if len(sizes) > 1:
+        choices = np.random.default_rng([seed, len(sizes)]).choice(len(sizes), size=draws, p=mass / mass.sum())
+    order = np.empty(draws, dtype=np.int64)
+    for part, episodes in enumerate(lengths):
+        taken = choices == part
+        passes, count = [], int(taken.sum())
+        while sum(map(len, passes)) < count:
+            rng = np.random.default_rng([seed, part, len(passes)] if part else [seed, len(passes)])
+            passes.append(_shuffle(np.asarray(episodes), window, rng))
+        order[taken] = np.concatenate([np.empty(0, np.int64), *passes])[:count] + sum(sizes[:part])
+    return order
+
+
+def _shuffle(lengths: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
+    if not window:
+        return rng.permutation(lengths.sum())
+    first = np.cumsum(lengths) - lengths
+    episodes = rng.permutation(len(lengths))
+    windows = [episodes[start : start + window] for start in range(0, len(episodes), window)]
+    steps = [np.concatenate([first[episode] + np.arange(lengths[episode]) for episode in each]) for each in windows]
+    return np.concatenate([rng.permutation(each) for each in steps])

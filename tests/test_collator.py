@@ -23,7 +23,7 @@ def steps_of(recorded, images, indices) -> list[Step]:
 
 @pytest.fixture
 def collator(processor) -> ActionCollator:
-    return ActionCollator(None, processor, IDENTITY, ActionTokenizer())
+    return ActionCollator(None, processor, {"": IDENTITY}, ActionTokenizer())
 
 
 def test_labels_are_the_recorded_action_ids_and_the_end(collator, recorded, images):
@@ -49,7 +49,7 @@ def test_the_loss_is_the_original_one(collator, model, recorded, images):
 
 def test_chunks_are_encoded_step_by_step(processor):
     stats = ActionStats(np.zeros(2), np.array([2.0, 4.0]), np.ones(2, bool), np.zeros(2, bool))
-    collator = ActionCollator(None, processor, stats, ActionTokenizer())
+    collator = ActionCollator(None, processor, {"": stats}, ActionTokenizer())
     actions = np.array([[0.0, 4.0], [1.0, 2.0], [1.0, 2.0]])
     step = Step([np.zeros((8, 8, 3), np.uint8)], "go", actions, np.array([False, False, True]), None, "here")
     assert collator.action_ids(step) == [31999, 31745, 31872, 31872, 31872, 31872]  # the 1e-8 keeps 1 below the top
@@ -60,7 +60,7 @@ def test_chunks_are_encoded_step_by_step(processor):
 
 def test_augmentation_depends_on_the_draw_alone(processor, recorded, images):
     steps = steps_of(recorded, images, [0, 1])
-    collator = ActionCollator(None, processor, IDENTITY, ActionTokenizer(), seed=7)
+    collator = ActionCollator(None, processor, {"": IDENTITY}, ActionTokenizer(), seed=7)
     first, again = (collator.collate(steps, [3, 4])["pixel_values"] for _ in range(2))
     other = collator.collate(steps, [5, 4])["pixel_values"]
     assert torch.equal(first, again) and torch.equal(first[1], other[1]) and not torch.equal(first[0], other[0])

@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from test_readers import write_folder
 
@@ -22,16 +25,8 @@ pytest.importorskip("trl")
 from openvla.finetune import sft  # noqa: E402
 
 OPTIONS = ["--per_device_train_batch_size", "2", "--report_to", "none", "--bf16", "false", "--logging_steps", "1"]
-OPTIONS += [
-    "--gradient_checkpointing",
-    "false",
-    "--validation_share",
-    "0",
-    "--disable_tqdm",
-    "true",
-    "--use_cpu",
-    "true",
-]
+OPTIONS += ["--gradient_checkpointing", "false", "--validation_share", "0", "--eval_strategy", "no"]
+OPTIONS += ["--disable_tqdm", "true", "--use_cpu", "true"]
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +172,84 @@ def test_held_out_episodes_are_scored_and_the_best_is_kept(policy, data, tmp_pat
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     scores = [entry for entry in history if "eval_token_accuracy" in entry]
     assert [entry["step"] for entry in scores] == [2, 4] and len(scores[0]["eval_l1_physical"]) == 7
+    assert all(0 <= entry["eval_training_token_accuracy"] <= 1 and entry["eval_training_l1"] > 0 for entry in scores)
     assert (run / "best" / "adapter_model.safetensors").exists() and (run / "curves.png").stat().st_size > 10_000
 
 
-def test_a_resumed_run_sees_what_it_would_have_seen(policy, data, tmp_path):
-    options = ["--max_steps", "6", "--save_steps", "2", "--lora_dropout", "0.1", "--learning_rate", "1e-2"]
+def test_a_mixture_is_trained_with_each_dataset_s_own_statistics(policy, data, tmp_path):
+    other = write_folder(tmp_path / "other_robot")
+    for folder in other.glob("episode_*"):
+        with np.load(folder / "episode.npz") as arrays:
+            np.savez(folder / "episode.npz", actions=10 * arrays["actions"])
+    run = tmp_path / "run"
+    options = ["--weights", "1", "3", "--max_steps", "4", "--validation_share", "0.5", "--eval_strategy", "steps"]
+    options += ["--eval_steps", "4", "--save_strategy", "no", "--output_dir", str(run), "--model", str(policy)]
+    sft.main(["--data", str(data), str(other), *OPTIONS, *options])
+    stats = openvla.OpenVLAConfig.from_pretrained(run / "merged").norm_stats
+    small, large = (np.array(stats[name]["action"]["q99"][:6]) for name in ("my_robot", "other_robot"))
+    np.testing.assert_allclose(large, 10 * small, rtol=1e-5)
+    scored = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for entry in scored for key in entry if key.endswith("_l1")}
+    names = ("my_robot", "other_robot")
+    assert keys == {f"eval_{name}_l1" for name in names} | {f"eval_{name}_training_l1" for name in names}
+    with pytest.raises(ValueError, match=r"Expected 2 positive --weights, one per dataset, got \[1.0\]"):
+        sft.main(["--data", str(data), str(other), *OPTIONS, *options, "--weights", "1"])
+    with pytest.raises(ValueError, match="need different names"):
+        sft.main(["--data", str(data), str(data), *OPTIONS, *options])
+
+
+def test_a_named_mixture_finds_its_datasets(tmp_path):
+    for name in ("bridge_orig/1.0.0", "fractal20220817_data/0.1.0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "features.json").write_text("{}")
+    arguments = sft.FinetuneArguments(model="", data=[str(tmp_path)], mixture="bridge_rt_1")
+    assert sft.find_datasets(arguments) == [
+        (str(tmp_path / "bridge_orig/1.0.0"), "bridge_orig", 1.0),
+        (str(tmp_path / "fractal20220817_data/0.1.0"), "fractal20220817_data", 1.0),
+    ]
+    arguments.mixture = "rtx"
+    with pytest.raises(FileNotFoundError, match="rtx needs .*kuka/VERSION"):
+        sft.find_datasets(arguments)
+
+
+def test_the_learning_rate_warms_up_and_drops(policy, data, tmp_path):
+    options = ["--decay_steps", "4", "5", "--warmup_steps", "2", "--max_steps", "6", "--learning_rate", "1e-3"]
+    finetune(policy, data, tmp_path / "run", *options, "--save_strategy", "no")
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    np.testing.assert_allclose(rates, [0, 0.5e-3, 1e-3, 1e-3, 1e-4, 1e-5], rtol=1e-6)
+
+
+def test_the_average_of_the_weights_is_what_gets_saved(policy, data, tmp_path):
+    common = ["--mode", "last-layer", "--learning_rate", "1e-2", "--save_steps", "1", "--max_steps", "3"]
+    common += ["--lr_scheduler_type", "constant"]
+    finetune(policy, data, tmp_path / "run", *common, "--ema", "0.9")
+    name = "language_model.lm_head.weight"
+    trained = [weights(tmp_path / "run" / f"checkpoint-{step}")[name] for step in (1, 2, 3)]
+    average = weights(policy)[name]
+    for step, values in enumerate(trained, start=1):
+        decay = (1 + step) / (10 + step)  # below 0.9 so early
+        average = decay * average + (1 - decay) * values
+    torch.testing.assert_close(weights(tmp_path / "run" / "merged")[name], average, atol=1e-6, rtol=1e-5)
+    resumed = [*common, "--ema", "0.9", "--resume", "true", "--max_steps", "4"]
+    finetune(policy, data, tmp_path / "run", *resumed)
+    finetune(policy, data, tmp_path / "whole", *common, "--ema", "0.9", "--max_steps", "4")
+    after, whole = (weights(tmp_path / folder / "merged")[name] for folder in ("run", "whole"))
+    assert torch.equal(after, whole)
+
+
+def test_speed_is_told(policy, data, tmp_path):
+    finetune(policy, data, tmp_path / "run", "--max_steps", "3", "--save_strategy", "no")
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [entry for entry in history if "samples_per_second" in entry]
+    assert [entry["step"] for entry in told] == [2, 3] and told[-1]["eta_minutes"] == 0
+    assert all(entry["samples_per_second"] > 0 and 0 <= entry["data_wait"] < 1 for entry in told)
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+def test_a_resumed_run_sees_what_it_would_have_seen(mode, policy, data, tmp_path):
+    options = ["--max_steps", "6", "--save_steps", "2", "--learning_rate", "1e-2", "--mode", mode]
+    options += ["--lora_dropout", "0.1"]
     whole = finetune(policy, data, tmp_path / "whole", *options)
     stopped = tmp_path / "stopped"
     with pytest.MonkeyPatch.context() as patch:
@@ -222,12 +290,6 @@ def test_a_killed_run_leaves_nothing_half_written_and_resumes(policy, data, tmp_
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------
-def test_run_order_is_seeded_permutations():
-    order = sft.run_order(10, 25, seed=3)
-    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10)) and order[:10] != order[10:20]
-    assert len(order) == 25 and order == sft.run_order(10, 25, seed=3) != sft.run_order(10, 25, seed=4)
-
-
 def test_split_holds_out_whole_good_episodes():
     lengths = [3, 0, 5, 2, 4, 6]
     train, held_out = sft.split_episodes(lengths, 0.4, seed=0)
@@ -254,3 +316,62 @@ def test_lora_on_openvla_7b_trains_what_the_original_did_but_for_what_never_runs
     # the original's 110,828,288 include adapters of the head, of blocks and a pool that never run, and of convolutions
     assert trained == 110_828_288 - head - dino_block - siglip_block - pool - convolutions == 107_862_016
     assert "lm_head              131,334,144               0    0.00%" in sft.parameter_table(adapted)
+
+
+# --- Several processes -----------------------------------------------------------------------------------------------
+# accelerate shards over GPUs only; told that these processes have some, it does the same over gloo
+FSDP_ON_CPU = """
+import sys
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+start = AcceleratorState.__init__
+def start_sharded(self, *args, fsdp_plugin=None, **options):
+    start(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    if fsdp_plugin is not None:
+        self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+AcceleratorState.__init__ = start_sharded
+from openvla import cli
+cli.main(["--traceback", "finetune", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, way", [("lora", "ddp"), ("full", "ddp"), ("full", "fsdp2"), ("lora", "fsdp2")])
+def test_two_processes_learn_as_one(mode, way, policy, data, tmp_path):
+    options = ["--mode", mode, "--max_steps", "4", "--learning_rate", "1e-3", "--validation_share", "0.5"]
+    options += ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--lr_scheduler_type", "cosine"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    expected = finetune(policy, data, one, *options, "--per_device_train_batch_size", "4")
+    script = tmp_path / "finetune.py"
+    script.write_text(FSDP_ON_CPU)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    if way == "fsdp2":
+        settings = yaml.safe_load((Path(sft.__file__).parent / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+        environment |= {key.upper(): str(value) for key, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command += ["--model", str(policy), "--data", str(data), *OPTIONS, *options]
+
+    def run(*more):
+        done = subprocess.run([*command, "--output_dir", str(two), *more], env=environment, capture_output=True)
+        assert done.returncode == 0, [line for line in done.stderr.decode().splitlines() if "Error" in line]
+
+    run()
+    np.testing.assert_allclose(losses(two), expected, rtol=1e-4)
+    scores = [
+        [entry for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "eval_l1" in entry]
+        for folder in (one, two)
+    ]
+    np.testing.assert_allclose(scores[1][-1]["eval_l1_physical"], scores[0][-1]["eval_l1_physical"], rtol=1e-3)
+    for name in ("merged", "best"):
+        if (two / name / "config.json").exists():
+            assert (two / name / "modeling_openvla.py").exists() and not list((two / name).glob("_fsdp*"))
+            before, after = weights(one / name), weights(two / name)
+            assert set(before) == set(after)
+            for key, tensor in before.items():
+                torch.testing.assert_close(after[key], tensor, atol=1e-4, rtol=1e-3)
+    assert (two / "merged").exists() or (mode, way) == ("lora", "fsdp2")
+    # from the second step on, again
+    shutil.rmtree(two / "checkpoint-4")
+    run("--resume", "true")
+    np.testing.assert_allclose(losses(two), expected, rtol=1e-4)

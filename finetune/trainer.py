@@ -1,0 +1,309 @@
+"""TRL's SFTTrainer for action tokens: rows in their order, exact resume, scores on episodes held out and trained on.
+
+A run folder holds `checkpoint-N` (to resume from; complete or absent), `best` (lowest L1 so far), `metrics.jsonl`, and
+in the end `curves.png` and what `openvla finetune` leaves. Import this module only when training: TRL takes seconds.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from openvla.evaluate.offline import evaluate_actions
+from openvla.finetune.collator import ActionCollator
+from openvla.modeling_openvla import CHECKPOINT_RENAMES
+
+
+class ActionTrainer(SFTTrainer):
+    """Trains on `{"index", "draw"}` rows, in their order.
+
+    Args:
+        validation: name -> (collator without augmentation, steps): what `evaluate` scores. The first one decides which
+            model is `best`. Its names prefix the metrics: `""` gives `eval_l1`, `"training_"` `eval_training_l1`.
+        decay_steps: optimizer steps at which the learning rate is divided by ten; otherwise TRL's schedulers.
+        average: of the trained weights, to score and save instead of them.
+    """
+
+    def __init__(
+        self,
+        *args,
+        validation: dict[str, tuple[ActionCollator, list[int]]] | None = None,
+        decay_steps: list[int] | None = None,
+        average: "WeightAverage | None" = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.validation = validation
+        self.decay_steps = decay_steps
+        self.average = average
+        self.best = float("inf")
+        self._staging = None
+        self._waited = 0.0  # seconds for data since the last log
+        self._clock = None  # (time, step) of the last log
+        if average is not None:
+            if self.is_fsdp_enabled:
+                raise ValueError("--ema needs the whole weights in every process: train with DDP instead of FSDP.")
+            average.follow(self.model)
+            self.add_callback(average)
+
+    # --- What is trained on --------------------------------------------------------------------------------------
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)  # rows are the run's order
+
+    def get_batch_samples(self, *args, **kwargs):
+        start = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - start
+        return batches
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy over the scored tokens alone. TRL 1.16 projects every position onto the vocabulary where there
+        is no Triton, which makes a step on a CPU several times slower."""
+        targets = inputs["labels"][:, 1:]
+        kept = (targets != -100).any(dim=0).nonzero()[:, 0]
+        targets = targets[:, kept]
+        batch = {key: value for key, value in inputs.items() if key != "labels"}
+        outputs = model(**batch, use_cache=False, logits_to_keep=kept)
+        logits, scored = outputs.logits.float(), targets != -100
+        loss = torch.nn.functional.cross_entropy(logits[scored], targets[scored], reduction="sum")
+        right = (logits.argmax(dim=-1) == targets)[scored].sum()
+        right, count = self.accelerator.gather_for_metrics(torch.stack([right, scored.sum()])).view(-1, 2).sum(dim=0)
+        self._metrics["train"]["mean_token_accuracy"].append((right / count).item())
+        loss = loss / (scored.sum() if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # counted over all processes, whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if not self.decay_steps:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return step / warmup
+            return 0.1 ** sum(step >= milestone for milestone in self.decay_steps)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    # --- What is told --------------------------------------------------------------------------------------------
+    def evaluate(self, *args, **kwargs):
+        """Token accuracy and L1 on each set of `validation`; the best model so far is kept in `best`."""
+        metrics = {}
+        with self._averaged_weights(), self.compute_loss_context_manager():
+            for name, (collator, indices) in self.validation.items():
+                found = evaluate_actions(
+                    self.accelerator.unwrap_model(self.model),
+                    collator,
+                    indices,
+                    self.args.per_device_eval_batch_size,
+                    self.accelerator,
+                )
+                found["l1"] = sum(found["l1_normalized"]) / len(found["l1_normalized"])
+                metrics |= {f"eval_{name}{key}": value for key, value in found.items()}
+            first = f"eval_{next(iter(self.validation))}l1"
+            if metrics[first] < self.best:
+                self.best = metrics[first]
+                self.save_policy(Path(self.args.output_dir) / "best")
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs, *args, **kwargs):
+        """Adds speed, the share of the time spent waiting for data, and what is left; writes `metrics.jsonl`."""
+        now, step = time.perf_counter(), self.state.global_step
+        if "loss" in logs:
+            if self._clock is not None and step > self._clock[1]:
+                seconds, steps = now - self._clock[0], step - self._clock[1]
+                batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+                logs["samples_per_second"] = round(steps * batch / seconds, 3)
+                logs["data_wait"] = round(self._waited / seconds, 4)
+                logs["eta_minutes"] = round((self.state.max_steps - step) * seconds / steps / 60, 1)
+            self._clock, self._waited = (now, step), 0.0
+        super().log(logs, *args, **kwargs)
+        if self.args.should_save and self.state.log_history:
+            path = Path(self.args.output_dir) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(entry) for entry in self.state.log_history]  # whole: a resumed run rewrites it
+            path.with_suffix(".tmp").write_text("\n".join(lines) + "\n")
+            os.replace(path.with_suffix(".tmp"), path)
+
+    # --- What is kept --------------------------------------------------------------------------------------------
+    def _save(self, output_dir=None, state_dict=None):
+        with _own_class(self.accelerator.unwrap_model(self.model)):
+            super()._save(output_dir, state_dict)
+
+    def _get_output_dir(self, trial):
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        self._staging = str(run / ".incomplete")
+        super()._save_checkpoint(model, trial)
+        self._staging = None
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if not self.args.should_save:
+            return
+        if self.average is not None:
+            save_file(self.average.weights, run / ".incomplete" / name / "average.safetensors")
+        shutil.rmtree(run / name, ignore_errors=True)
+        os.replace(run / ".incomplete" / name, run / name)
+        kept = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for old in kept[: -(self.args.save_total_limit or len(kept))]:
+            shutil.rmtree(old)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        if resume_from_checkpoint is not None:
+            if self.average is not None:
+                self.average.load(Path(resume_from_checkpoint) / "average.safetensors")
+            history = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["log_history"]
+            first = f"eval_{next(iter(self.validation or ['']))}l1"
+            self.best = min((entry[first] for entry in history if first in entry), default=self.best)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Trainer takes the names in the files as they are. Ours are the released ones: it would find none of them in
+        the model, warn, and go on from the weights it started with (transformers 5.23)."""
+        files = sorted(Path(resume_from_checkpoint).glob("model*.safetensors"))
+        if self.is_fsdp_enabled or not files:  # shards, or an adapter
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        missing = set(model.state_dict())
+        for file in files:
+            weights = {_module_name(name): tensor for name, tensor in load_file(file).items()}
+            unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+            if unexpected:
+                raise ValueError(f"{file} holds weights that the policy does not have: {unexpected[:5]} …")
+            missing -= set(weights)
+        if missing:
+            raise ValueError(f"{resume_from_checkpoint} lacks weights of the policy: {sorted(missing)[:5]} …")
+
+    def _averaged_weights(self):
+        return contextlib.nullcontext() if self.average is None else self.average.swapped_in()
+
+    def save_policy(self, folder: Path) -> None:
+        """Saves model (or adapter) and processor, under a temporary name first. All processes have to call it."""
+        state = None
+        if self.is_fsdp_enabled:  # gathers the shards; over gloo they come as tensors that are still on their way
+            state = self.accelerator.get_state_dict(self.model)
+            state = {name: value if type(value) is torch.Tensor else value.clone() for name, value in state.items()}
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            with _own_class(model):
+                save_atomically(model, self.processing_class, folder, state)
+
+
+class WeightAverage(TrainerCallback):
+    """Exponential moving average of the trained weights, in float32.
+
+    Args:
+        decay: share of the average that stays at every step; early on less, so that it follows at once:
+            `min(decay, (1 + step) / (10 + step))`.
+    """
+
+    def __init__(self, decay: float):
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"The decay of the weights' average must lie between 0 and 1, got {decay}.")
+        self.decay = decay
+        self.weights: dict[str, torch.Tensor] = {}
+        self._parameters: dict[str, torch.nn.Parameter] = {}
+
+    def follow(self, model: torch.nn.Module) -> None:
+        self._parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.weights = {name: value.detach().float().clone() for name, value in self._parameters.items()}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        for name, parameter in self._parameters.items():
+            self.weights[name] = self.weights[name].to(parameter.device)
+            self.weights[name].lerp_(parameter.detach().float(), 1 - decay)
+
+    def load(self, file: Path) -> None:
+        if not file.exists():
+            raise ValueError(f"{file} is missing: that run did not average its weights; resume it without --ema.")
+        self.weights = load_file(file)
+
+    @contextlib.contextmanager
+    def swapped_in(self):
+        """The average in the model's place, for a while."""
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        self.put_in()
+        try:
+            yield
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.data.copy_(kept[name])
+
+    def put_in(self) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(self.weights[name])
+
+
+@contextlib.contextmanager
+def _own_class(model):
+    """Undoes for a while that FSDP2 makes the model an instance of a class of its own: `save_pretrained` would copy
+    the code of that class in place of ours, and the folder would not load."""
+    kept = type(model)
+    model.__class__ = next(each for each in kept.__mro__ if not each.__module__.startswith("torch.distributed.fsdp"))
+    try:
+        yield
+    finally:
+        model.__class__ = kept
+
+
+def _module_name(name: str) -> str:
+    for released, module in CHECKPOINT_RENAMES.items():
+        name = re.sub(released, module, name)
+    return name
+
+
+def save_atomically(model, processor, folder: Path, state_dict: dict | None = None) -> None:
+    """Saves model (or adapter) and processor under a temporary name first."""
+    temporary = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary, **({} if state_dict is None else {"state_dict": state_dict}))
+    processor.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def plot_curves(history: list[dict], path: Path) -> None:
+    """Loss, token accuracy and L1 over the steps of a run, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"loss": "loss", "token accuracy": "token_accuracy", "L1, normalised": "l1"}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
+    for axis, (title, suffix) in zip(axes, panels.items()):
+        keys = {key: None for entry in history for key in entry if key.endswith(suffix) and key != "train_loss"}
+        for key in keys:
+            points = [(entry["step"], entry[key]) for entry in history if key in entry]
+            axis.plot(*zip(*points), label=_curve_label(key, suffix), linewidth=1.2)
+        if len(keys):
+            axis.legend()
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _curve_label(key: str, suffix: str) -> str:
+    """`eval_training_l1` -> "training episodes"; `eval_l1` -> "held out"; `mean_token_accuracy` -> "batches"."""
+    if not key.startswith("eval_"):
+        return "batches"
+    name = key.removeprefix("eval_").removesuffix(suffix).strip("_")
+    names = name.removesuffix("training").strip("_")
+    return f"{names} {'training episodes' if name.endswith('training') else 'held out'}".strip()
