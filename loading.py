@@ -23,9 +23,10 @@ def load(pretrained_model_name_or_path: str, **kwargs):
     shared = {key: kwargs[key] for key in shared if key in kwargs}
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     adapter = cached_file(pretrained_model_name_or_path, "adapter_config.json", **optional, **shared)
-    if adapter is None:
+    own = cached_file(pretrained_model_name_or_path, "preprocessor_config.json", **optional, **shared)
+    if adapter is None or own is not None:
         processor = OpenVLAProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
-    else:  # a LoRA adapter: the model comes with its base, and so does the processor
+    else:  # a LoRA adapter alone: the model comes with its base, and so does the processor
         with open(adapter, encoding="utf-8") as file:
             base = json.load(file)["base_model_name_or_path"]
         processor = OpenVLAProcessor.from_pretrained(base, **{k: v for k, v in shared.items() if k != "revision"})

@@ -141,6 +141,8 @@ class ActionTrainer(SFTTrainer):
     def _save(self, output_dir=None, state_dict=None):
         with _own_class(self.accelerator.unwrap_model(self.model)):
             super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            _save_statistics(self.model, Path(output_dir or self.args.output_dir))
 
     def _get_output_dir(self, trial):
         return self._staging or super()._get_output_dir(trial)
@@ -273,8 +275,14 @@ def save_atomically(model, processor, folder: Path, state_dict: dict | None = No
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary, **({} if state_dict is None else {"state_dict": state_dict}))
     processor.save_pretrained(temporary)
+    _save_statistics(model, temporary)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def _save_statistics(model, folder: Path) -> None:
+    """An adapter's folder has no config.json to hold them, and those of its base are not its own."""
+    (folder / "dataset_statistics.json").write_text(json.dumps(model.config.norm_stats, indent=2))
 
 
 def plot_curves(history: list[dict], path: Path) -> None:
