@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+from openvla.action_tokenizer import name_action_dims
 from openvla.evaluate.offline import evaluate_actions
 from openvla.finetune.collator import ActionCollator
 from openvla.modeling_openvla import CHECKPOINT_RENAMES
@@ -108,8 +109,7 @@ class ActionTrainer(SFTTrainer):
                     self.args.per_device_eval_batch_size,
                     self.accelerator,
                 )
-                found["l1"] = sum(found["l1_normalized"]) / len(found["l1_normalized"])
-                metrics |= {f"eval_{name}{key}": value for key, value in found.items()}
+                metrics |= {f"eval_{name}{key}": value for key, value in self._scalars(collator, found).items()}
             first = f"eval_{next(iter(self.validation))}l1"
             if metrics[first] < self.best:
                 self.best = metrics[first]
@@ -117,6 +117,14 @@ class ActionTrainer(SFTTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _scalars(self, collator: ActionCollator, found: dict) -> dict[str, float]:
+        """What trackers can plot: `l1` over all dims, and per dim `l1/x` (normalised) and `l1_physical/x`."""
+        dataset = collator.steps.reader.name
+        dims = [name for name, _ in name_action_dims(self.model.config.norm_stats, dataset)]
+        scalars = {"token_accuracy": found["token_accuracy"], "l1": sum(found["l1_normalized"]) / len(dims)}
+        scalars |= {f"l1/{dim}": value for dim, value in zip(dims, found["l1_normalized"])}
+        return scalars | {f"l1_physical/{dim}": value for dim, value in zip(dims, found["l1_physical"])}
 
     def log(self, logs, *args, **kwargs):
         """Adds speed, the share of the time spent waiting for data, and what is left; writes `metrics.jsonl`."""
