@@ -13,6 +13,7 @@ held-out episodes), `merged` (a folder like a Hub repository, ready to act), `me
 """
 
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,7 @@ def find_datasets(args: FinetuneArguments) -> list[tuple[str, str | None, float]
 
 
 def main(argv: list[str]) -> None:
+    import numpy as np
     import torch
     from accelerate import PartialState
     from datasets import Dataset
@@ -245,11 +247,11 @@ def main(argv: list[str]) -> None:
                 validation[prefix] = (ActionCollator(scored, processor, stats, model.action_tokenizer), indices)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     if config.max_steps < 0:
-        config.max_steps = -(-len(steps) * int(config.num_train_epochs) // batch)
+        config.max_steps = math.ceil(len(steps) * config.num_train_epochs / batch)
     weights = [source.weight for source in sources]
     lengths = [part.episode_lengths for part in parts]
     order = run_order(lengths, weights, config.max_steps * batch, config.seed, args.shuffle_episodes)
-    rows = Dataset.from_dict({"index": order, "draw": range(len(order))})
+    rows = Dataset.from_dict({"index": order, "draw": np.arange(len(order))})
 
     # 4. Train
     config.remove_unused_columns = False

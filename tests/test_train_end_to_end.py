@@ -92,8 +92,8 @@ def weights(folder) -> dict[str, torch.Tensor]:
 )
 def test_every_trained_weight_moves_and_every_frozen_one_stays(mode, moved, policy, data, tmp_path):
     run = tmp_path / "run"
-    options = ["--mode", mode, "--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
-    finetune(policy, data, run, *options, "--warmup_steps", "0")
+    options = ["--mode", mode, "--num_train_epochs", "0.5", "--learning_rate", "1e-2", "--save_strategy", "no"]
+    assert len(finetune(policy, data, run, *options, "--warmup_steps", "0")) == 2  # 8 steps, batches of 2
     before, after = weights(policy), weights(run / "merged")
     assert set(before) == set(after)
     for name, tensor in before.items():
@@ -168,12 +168,18 @@ def test_one_large_batch_equals_many_small_ones(policy, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", ["--gradient_checkpointing", pytest.param("--torch_compile", marks=pytest.mark.slow)]
+    "option",
+    [
+        ("--gradient_checkpointing", "true"),
+        ("--dataloader_num_workers", "2"),
+        pytest.param(("--torch_compile", "true"), marks=pytest.mark.slow),
+    ],
+    ids=lambda option: option[0],
 )
-def test_checkpointing_and_compiling_change_no_loss(option, policy, data, tmp_path):
+def test_what_saves_memory_or_time_changes_no_loss(option, policy, data, tmp_path):
     common = ["--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "no"]
     plain = finetune(policy, data, tmp_path / "plain", *common)
-    other = finetune(policy, data, tmp_path / "other", *common, option, "true")
+    other = finetune(policy, data, tmp_path / "other", *common, *option)
     np.testing.assert_allclose(other, plain, rtol=1e-5)
     before, after = weights(tmp_path / "plain" / "merged"), weights(tmp_path / "other" / "merged")
     assert set(before) == set(after)
