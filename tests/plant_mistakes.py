@@ -40,6 +40,16 @@ MISTAKES = {
         "[0] * (length - len(row)) + [1]",
         "[1] * (length - len(row)) + [1]",
     ),
+    "prompt scored": (
+        "finetune/collator.py",
+        "labels[index, len(row) - answer :",
+        "labels[index, len(row) - answer - 1 :",
+    ),
+    "wrong quantile": ("finetune/statistics.py", "np.quantile(values, 0.99", "np.quantile(values, 0.999"),
+    "Bridge off by a step": ("finetune/oxe.py", "reached[1:] - reached[:-1]", "reached[:-1] - reached[1:]"),
+    "gripper not inverted": ("finetune/oxe.py", "return 1.0 - gripper", "return gripper"),
+    "chunk past the episode": ("finetune/steps.py", "len(episode) - 1)", "len(episode) - 2)"),
+    "weights of a mixture ignored": ("finetune/steps.py", "if weights is None else weights)", "if True else weights)"),
 }
 
 
