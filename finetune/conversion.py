@@ -54,7 +54,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("source", help="RLDS, HDF5, plain folder, or LeRobot v2 or v3")
     parser.add_argument("out", help="folder to write; its name is the unnorm_key of policies trained on it")
     parser.add_argument("--fps", type=float, help="steps per second, where the source does not say (RLDS, HDF5)")
-    parser.add_argument("--cameras", nargs="+", help="which, the main one first; default: all")
+    parser.add_argument("--cameras", nargs="+", help="which; default: all")
     parser.add_argument("--name", help="the source's name, by which RLDS episodes are standardised")
     parser.add_argument("--robot-type", help="free text for meta/info.json")
     parser.add_argument("--episodes", type=int, metavar="N", help="only the first N")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import openvla
-from openvla.finetune.steps import Reader, check_episode
+from openvla.finetune.steps import DAMAGE, Reader, check_episode
 
 logger = logging.getLogger(__name__)
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "openvla" / "statistics"
@@ -43,7 +43,9 @@ def scan(reader: Reader, skip_bad: bool = False, mask: list[bool] | None = None,
     """
     cache = CACHE / f"{_fingerprint(reader, skip_bad, mask)}.json"
     if cache.exists():
-        return Scan(**json.loads(cache.read_text()))
+        found = Scan(**json.loads(cache.read_text()))
+        _tell(found)
+        return found
     from tqdm import tqdm
 
     lengths, actions, proprios, skipped = [], [], [], []
@@ -51,10 +53,12 @@ def scan(reader: Reader, skip_bad: bool = False, mask: list[bool] | None = None,
         try:
             episode = reader.read(index)
             check_episode(episode, actions[0].shape[1] if actions else None)
-        except ValueError as error:
+        except DAMAGE as error:
+            problem = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            problem = f"{reader.name}, episode {index}: {problem}"
             if not skip_bad:
-                raise ValueError(f"{error} (--skip-bad-episodes leaves such episodes out)") from error
-            skipped.append(str(error))
+                raise ValueError(f"{problem} (--skip-bad-episodes leaves such episodes out)") from error
+            skipped.append(problem)
             lengths.append(0)
             continue
         lengths.append(len(episode))
@@ -62,14 +66,20 @@ def scan(reader: Reader, skip_bad: bool = False, mask: list[bool] | None = None,
         proprios.append(episode.proprio)
     if not actions:
         raise ValueError(f"{reader.name}: not one good episode among {len(reader)}; first problem: {skipped[:1]}")
-    for problem in skipped:
-        logger.warning("skipped: %s", problem)
     found = Scan(lengths, summarize(actions, proprios, mask), skipped)
+    _tell(found)
     cache.parent.mkdir(parents=True, exist_ok=True)
     temporary = cache.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(found.__dict__))
     os.replace(temporary, cache)
     return found
+
+
+def _tell(found: Scan) -> None:
+    for problem in found.skipped:
+        logger.warning("skipped: %s", problem)
+    if found.skipped:
+        logger.warning("%d of %d episodes were skipped", len(found.skipped), len(found.lengths))
 
 
 def summarize(actions: list[np.ndarray], proprios: list[np.ndarray | None], mask: list[bool] | None = None) -> dict:
@@ -96,6 +106,7 @@ def _describe(values: np.ndarray) -> dict[str, list[float]]:
 
 def _fingerprint(reader: Reader, *options) -> str:
     files = [(os.path.abspath(file), os.path.getsize(file), os.stat(file).st_mtime_ns) for file in reader.files()]
-    standardization = [(Path(__file__).parent / name).read_text() for name in ("oxe.py", "oxe.json")]
-    content = [openvla.__version__, standardization, reader.name, files, options]
+    folder = Path(__file__).parent  # of the code that decides what a dataset's actions are
+    code = [*sorted(folder.glob("readers/*.py")), folder / "oxe.py", folder / "oxe.json", folder / "statistics.py"]
+    content = [openvla.__version__, [file.read_text() for file in code], reader.name, files, options]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

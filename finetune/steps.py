@@ -9,12 +9,19 @@ Legend: N steps of an episode · T action chunk · A action dims · P propriocep
 
 import bisect
 import itertools
+import struct
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+# What readers and the libraries under them raise on files that are cut off, overwritten or filled in wrongly.
+DAMAGE = (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, SyntaxError)
+DAMAGE += (struct.error, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass

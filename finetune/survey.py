@@ -7,9 +7,6 @@ import hashlib
 import io
 import random
 import re
-import struct
-import zipfile
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,7 +15,7 @@ import numpy as np
 
 from openvla.action_tokenizer import ActionStats, name_action_dims
 from openvla.finetune.statistics import summarize
-from openvla.finetune.steps import Episode, Reader, check_episode
+from openvla.finetune.steps import DAMAGE, Episode, Reader, check_episode
 
 INTERVALS = 255  # between the edges of 256 bins
 NO_RANGE = 1e-8  # what `ActionStats.normalize` adds to a range: a smaller one is lost
@@ -29,9 +26,6 @@ HEAVY_TAIL = 3.0  # size of the largest normalised value, where bins end at 1
 CONTROL_RATE = (5, 10)  # Hz
 FLAT = 8  # grey levels between darkest and lightest pixel: a black frame from JPEG or video has a few
 SHOWN = 4  # sampled episodes whose frames are kept for the report
-# What readers and the libraries under them raise on files that are cut off, overwritten or filled in wrongly.
-DAMAGE = (ValueError, LookupError, OSError, EOFError, RuntimeError, TypeError, AttributeError, SyntaxError)
-DAMAGE += (struct.error, zipfile.BadZipFile, zlib.error)
 
 PROBLEM, WARNING = "problem", "warning"  # trains something wrong or not at all; probably costs success
 _BAD = "Repair or remove them: fine-tuning stops there, or leaves them out with --skip_bad_episodes."

@@ -2,8 +2,10 @@
 
 import io
 import json
+import multiprocessing
 import struct
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -273,12 +275,107 @@ def test_stats_command(tmp_path, capsys):
     assert [line.split()[-1] for line in lines[3:]] == ["yes", "yes", "yes", "no", "yes", "yes", "no"]
 
 
+def test_datasets_of_the_hub(tmp_path, monkeypatch):
+    repository = tmp_path / "hub" / "datasets--lab--robot"
+    for revision, commit in (("main", "a" * 40), ("v3.0", "b" * 40)):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    write_lerobot(repository / "snapshots" / ("a" * 40), "v2.1")
+    write_lerobot(repository / "snapshots" / ("b" * 40), "v3.0")
+    write_folder(repository / "snapshots" / ("a" * 40) / "parts" / "cup")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    opened = [open_reader(source) for source in ("lab/robot", "lab/robot@v3.0", "lab/robot/parts/cup")]
+    assert [reader.name for reader in opened] == ["robot", "robot", "cup"]
+    assert [getattr(reader, "_is_v3", None) for reader in opened] == [False, True, None]
+    assert all(np.array_equal(reader.read(1).actions, actions(1)) for reader in opened)
+    assert open_reader("lab/robot", "own_name").name == "own_name"
+    with pytest.raises(FileNotFoundError, match="the dataset lab/other be fetched from the Hub"):
+        open_reader("lab/other")
+    with pytest.raises(FileNotFoundError, match="has no folder parts/bowl"):
+        open_reader("lab/robot/parts/bowl")
+
+
 def test_unknown_sources_say_what_is_expected(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a dataset's folder"):
         open_reader(tmp_path / "nowhere")
     write_rlds(tmp_path / "robot" / "1.0.0")
     with pytest.raises(ValueError, match=r"is none of: LeRobot.*RLDS versions \['1.0.0'\]"):
         open_reader(tmp_path / "robot")
+
+
+# --- LeRobot: parquet and video files of other shapes ---------------------------------------------------------------
+@pytest.mark.parametrize("options", [{"row_group_size": 2}, {"row_group_size": 4, "write_statistics": False}])
+def test_episodes_within_and_across_row_groups(options, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = write_lerobot(tmp_path / "my_robot", "v3.0", video=False) / "data/chunk-000/file-000.parquet"
+    parquet.write_table(parquet.read_table(file), file, **options)
+    reader = open_reader(tmp_path / "my_robot")
+    for number in (0, 1):
+        episode = reader.read(number)
+        np.testing.assert_array_equal(episode.actions, actions(number))
+        np.testing.assert_array_equal(episode.proprio, states(number))
+        for step in range(LENGTHS[number]):
+            np.testing.assert_array_equal(episode.image("observation.images.wrist", step), picture(number, 1, step))
+
+
+@pytest.mark.parametrize("options", [{"g": "2"}, {"g": "12", "bf": "3"}, {"g": "12", "bf": "3", "open-gop": "1"}])
+def test_frames_of_a_video_in_any_order(options, tmp_path):
+    av = pytest.importorskip("av")
+    from openvla.finetune.readers.lerobot import _Video
+
+    file, fps, count = str(tmp_path / "video.mp4"), 10, 50
+    if options.pop("open-gop", None):  # HEVC's usual way: frames before a keyframe need the one before that too
+        options = options | {"x264-params": "open-gop=1"}
+    with av.open(file, "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for step in range(count):
+            moving = np.roll(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8), step, axis=1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(moving, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(file) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    video, shuffled = _Video(file, fps), np.random.default_rng(0).permutation(count).tolist()
+    for step in [*range(count), 0, 0, *range(0, count, 3), count - 1, *shuffled, *reversed(range(count))]:
+        np.testing.assert_array_equal(video.frame(np.float32(step / fps)), expected[step], err_msg=f"frame {step}")
+    assert video.frame(count / fps + 1) is None
+    np.testing.assert_array_equal(video.frame(0), expected[0])
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_forked_workers_read_their_own_frames(tmp_path, monkeypatch):
+    """Files larger than what is read ahead: a worker that used its parent's would find the other's position."""
+    noise = np.random.default_rng(0).integers(0, 255, (2, 2, 60, 32, 48, 3), dtype=np.uint8)
+    monkeypatch.setitem(globals(), "LENGTHS", [60, 60])
+    monkeypatch.setitem(globals(), "picture", lambda episode, camera, step: noise[episode, camera, step])
+    folder, camera = write_lerobot(tmp_path / "my_robot", "v3.0"), "observation.images.front"
+    expected = [[open_reader(folder).read(number).image(camera, step) for step in range(60)] for number in (0, 1)]
+    reader = open_reader(folder)
+    episodes = [reader.read(0), reader.read(1)]
+    episodes[0].image(camera, 0)  # opened here, before the fork
+
+    def work(number: int, pipe):
+        steps = np.random.default_rng(number).integers(0, 60, 300).tolist()
+        pipe.send(
+            [
+                step
+                for step in steps
+                if not np.array_equal(episodes[number].image(camera, step), expected[number][step])
+            ]
+        )
+
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    workers = [context.Process(target=work, args=(number, pipes[number][1])) for number in range(2)]
+    for worker in workers:
+        worker.start()
+    for (receiver, sender), worker in zip(pipes, workers):
+        sender.close()
+        wrong = receiver.recv()
+        worker.join()
+        assert not wrong and worker.exitcode == 0
+    np.testing.assert_array_equal(episodes[1].image(camera, 7), expected[1][7])
 
 
 # --- Bad data --------------------------------------------------------------------------------------------------------
@@ -291,6 +388,50 @@ def test_truncated_and_damaged_records(tmp_path):
     file.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(ValueError, match="wrong checksum of record 0's length|truncated"):
         open_reader(tmp_path / "my_robot")
+
+
+def test_missing_shards_and_splits(tmp_path):
+    file = write_rlds(tmp_path / "my_robot") / "my_robot-train.tfrecord-00000-of-00001"
+    file.rename(file.with_name("my_robot-train.tfrecord-00000-of-00004"))
+    with pytest.raises(ValueError, match="holds 1 of the 4 files of its split 'train'"):
+        open_reader(tmp_path / "my_robot")
+    for file in (tmp_path / "my_robot").glob("*.tfrecord*"):
+        file.rename(file.with_name("my_robot-val.tfrecord-00000-of-00001"))
+    with pytest.raises(FileNotFoundError, match=r"no files of the split 'train', but of \['val'\]"):
+        open_reader(tmp_path / "my_robot")
+
+
+def test_a_name_of_one_s_own_changes_no_convention(tmp_path):
+    info = json.loads((write_rlds(tmp_path / "data") / "dataset_info.json").read_text())
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info | {"name": "ppgm"}))
+    opened = [open_reader(tmp_path / "data", name) for name in (None, "cup", "ppgm_wrist")]
+    assert [reader.name for reader in opened] == ["ppgm", "cup", "ppgm_wrist"]
+    assert [reader.convention for reader in opened] == ["ppgm", "ppgm", "ppgm_wrist"]
+
+
+def test_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    folder = tmp_path / "my_robot" / "episode_0"
+    (folder / "front").mkdir(parents=True)
+    (folder / "episode.json").write_text(json.dumps({"instruction": "go"}))
+    np.savez(folder / "episode.npz", actions=np.zeros((12, 7), np.float32))
+    for step in range(12):
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(folder / "front" / f"{step}.png")
+    episode = open_reader(tmp_path / "my_robot").read(0)
+    assert [episode.image("front", step)[0, 0, 0] for step in range(12)] == list(range(12))
+    Image.fromarray(np.full((8, 8), 1000, np.uint16)).save(folder / "front" / "3.png")
+    with pytest.raises(ValueError, match="3.png is no colour image of 8 bits"):
+        episode.image("front", 3)
+
+
+def test_damaged_files_are_named_and_can_be_skipped(tmp_path):
+    folder = write_folder(tmp_path / "my_robot")
+    file = folder / "episode_001" / "episode.npz"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match="my_robot, episode 1: BadZipFile.*--skip-bad-episodes"):
+        statistics.scan(open_reader(folder), progress=False)
+    assert statistics.scan(open_reader(folder), skip_bad=True, progress=False).lengths == [LENGTHS[0], 0]
+    file.unlink()
+    assert statistics.scan(open_reader(folder), skip_bad=True, progress=False).lengths == [LENGTHS[0], 0]
 
 
 def test_a_missing_video(tmp_path):

@@ -56,6 +56,9 @@ class HDF5Reader:
             actions = np.asarray(group["actions"], dtype=np.float32)
             keys = [key for key in _STATE_KEYS if key in group["obs"]]
             keys = [key for key in keys if key == "ee_states" or key == "gripper_states" or "ee_states" not in keys]
+            counts = {key: len(group["obs"][key]) for key in self.cameras}
+            if wrong := {key: count for key, count in counts.items() if count != len(actions)}:
+                raise ValueError(f"{source}: {len(actions)} actions, but frames {wrong}.")
             states = [np.asarray(group["obs"][key], dtype=np.float32).reshape(len(actions), -1) for key in keys]
 
         def image(camera: str, step: int) -> np.ndarray:

@@ -6,7 +6,10 @@ time: `timestamp` of the table, plus, in v3, where the episode starts in its vid
 
 import functools
 import io
+import itertools
 import json
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +35,10 @@ class LeRobotReader:
         images = [key for key, feature in features.items() if feature["dtype"] == "image"]
         self.cameras = sorted(self._videos + images, key=lambda key: ("wrist" in key, list(features).index(key)))
         self.tasks, self.episodes = self._read_meta()
-        # One parquet file at a time: episodes of a file follow each other.
-        self._table = functools.lru_cache(maxsize=2)(self._read_table)
-        self._video = functools.lru_cache(maxsize=8)(self._open_video)
+        # Episodes follow each other: of files with few row groups, the one read last serves the next episode too.
+        self._parquet_metadata = functools.lru_cache(maxsize=64)(_parquet_metadata)
+        self._row_group = functools.lru_cache(maxsize=len(images) + 1)(self._read_row_group)
+        self._video = functools.lru_cache(maxsize=16)(self._open_video)
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -47,22 +51,22 @@ class LeRobotReader:
         number = meta["episode_index"]
         file = self.path / self.info["data_path"].format(**self._place(meta, "data"))
         source = f"{file}, episode {number}"
-        table = self._table(file)
-        rows = np.flatnonzero(table["episode_index"].to_numpy() == number)
-        if not len(rows):
+        table = self._rows(file, number, ("action", "observation.state", "timestamp", "task_index"))
+        if not len(table):
             raise ValueError(f"{source}: the file has no rows of this episode.")
-        table = table.slice(rows[0], len(rows))
-        columns = set(table.column_names)
         actions = _array(table["action"])
-        proprio = _array(table["observation.state"]) if "observation.state" in columns else None
+        proprio = _array(table["observation.state"]) if "observation.state" in table.column_names else None
         times = table["timestamp"].to_numpy()
         instructions = [self.tasks[task] for task in table["task_index"].to_pylist()]
+        encoded = {}  # images of the cameras asked for
 
         def image(camera: str, step: int) -> np.ndarray:
             if camera in self._videos:
                 return self._frame(meta, camera, float(times[step]))
-            encoded = table[camera][step].as_py()["bytes"]
-            return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+            if camera not in encoded:  # the whole episode's: lerobot writes them as one page, which is read as one
+                encoded[camera] = self._rows(file, number, (camera,))[camera]
+            picture = Image.open(io.BytesIO(encoded[camera][step].as_py()["bytes"]))
+            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # it would copy
 
         return Episode(source, instructions, actions, proprio, image)
 
@@ -90,33 +94,106 @@ class LeRobotReader:
         number = meta["episode_index"]
         return {"episode_chunk": number // self.info["chunks_size"], "episode_index": number}
 
-    def _read_table(self, file: Path):
+    def _rows(self, file: Path, number: int, columns: tuple[str, ...]):
+        """A table of one episode. lerobot gives each its own row group: no other episode's images are read."""
+        import pyarrow
+
+        _, ranges = self._parquet_metadata(file)
+        parts = []
+        for group, (first, last) in enumerate(ranges):
+            if first <= number <= last:
+                table = self._row_group(file, group, columns)
+                rows = np.flatnonzero(table["episode_index"].to_numpy() == number)
+                # A slice would keep all episodes of the group in memory.
+                parts.append(table if len(rows) == len(table) else table.take(rows))
+        return pyarrow.concat_tables(parts) if parts else pyarrow.table({})
+
+    def _read_row_group(self, file: Path, group: int, columns: tuple[str, ...]):
         import pyarrow.parquet as parquet
 
-        return parquet.read_table(file)
+        with parquet.ParquetFile(file, metadata=self._parquet_metadata(file)[0]) as data:
+            return data.read_row_group(group, [*columns, "episode_index"], use_threads=False)
 
-    def _open_video(self, file: Path):
-        import av
-
+    def _open_video(self, process: int, file: Path) -> "_Video":
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing: a video that {self.path / 'meta'} lists.")
-        container = av.open(str(file))
-        return container, container.streams.video[0]
+        return _Video(file, self.fps)
 
     def _frame(self, meta: dict, camera: str, time: float) -> np.ndarray:
         place = self._place(meta, f"videos/{camera}")
         if self._is_v3:
             time += meta[f"videos/{camera}/from_timestamp"]
         file = self.path / self.info["video_path"].format(video_key=camera, **place)
-        container, stream = self._video(file)
-        container.seek(max(0, int((time - 1e-3) / stream.time_base)), stream=stream, backward=True)
-        for frame in container.decode(stream):
-            if frame.time is not None and frame.time >= time - 0.5 / self.fps:
-                return frame.to_ndarray(format="rgb24")
-        raise ValueError(f"{file} has no frame at {time:.3f} s (episode {meta['episode_index']}, camera {camera}).")
+        episode = meta["episode_index"]
+        # By process: a forked data-loader worker shares the position in its parent's open files.
+        frame = self._video(os.getpid(), file).frame(time)
+        if frame is None:
+            raise ValueError(f"{file} has no frame at {time:.3f} s (episode {episode}, camera {camera}).")
+        return frame
+
+
+class _Video:
+    """Frames of one open file by time. The next one costs one decoding, any other a seek to the keyframe before it."""
+
+    def __init__(self, file: Path, fps: float):
+        import av
+
+        self._fps = fps
+        self._container = av.open(str(file))
+        self._stream = self._container.streams.video[0]
+        # Threads delay single frames and do not survive a fork; the parallelism is that of data-loader workers.
+        self._stream.codec_context.thread_count = 1
+        # Setting up the conversion takes longer than converting: once for all frames. PyAV 17 also starts threads.
+        self._to_rgb = av.video.reformatter.VideoReformatter()
+        self._threads = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+        self._frames = iter(())
+        self._at = math.inf  # time of the frame decoded last
+        self._reach = 1 / fps  # seconds ahead that decoding on is no more work than the longest seek so far
+
+    def frame(self, time: float) -> np.ndarray | None:
+        """The frame within half a step of `time` in seconds, `(H, W, 3)` uint8; None if there is none."""
+        earliest = time - 0.5 / self._fps
+        at, self._at = self._at, math.inf
+        if not at < earliest <= at + self._reach:
+            self._seek(time)
+        for frame in self._frames:
+            if frame.time >= earliest:
+                if frame.time > time + 0.5 / self._fps + 1e-3:
+                    return None  # the video has a gap here
+                self._at = frame.time
+                return self._to_rgb.reformat(frame, format="rgb24", **self._threads).to_ndarray()
+        return None
+
+    def _seek(self, time: float) -> None:
+        """Goes to a keyframe from which the frame at `time` can be decoded."""
+        # A little late: times are float32, and just before a keyframe one would decode from the one before it.
+        target, back = time + 1e-3, 1.0
+        while True:
+            self._container.seek(max(0, int(target / self._stream.time_base)), stream=self._stream)
+            self._frames = (frame for frame in self._container.decode(self._stream) if frame.time is not None)
+            first = next(self._frames, None)
+            # The frames just before a keyframe may need the one before that (HEVC's open groups): they are left out.
+            if target <= 0 or (first is not None and first.time < time + 0.5 / self._fps):
+                break
+            target, back = time - back, 2 * back
+        if first is not None:
+            self._frames = itertools.chain([first], self._frames)
+            self._reach = max(self._reach, time - first.time + 1 / self._fps)
+
+
+def _parquet_metadata(file: Path) -> tuple:
+    """(metadata, (first, last) episode of each row group)."""
+    import pyarrow.parquet as parquet
+
+    metadata = parquet.read_metadata(file)
+    column = metadata.schema.names.index("episode_index")
+    statistics = [metadata.row_group(group).column(column).statistics for group in range(metadata.num_row_groups)]
+    whole = (-math.inf, math.inf)
+    return metadata, [(one.min, one.max) if one is not None and one.has_min_max else whole for one in statistics]
 
 
 def _array(column) -> np.ndarray:
-    """A column of lists as `(N, size)` float32."""
-    flat = column.combine_chunks().flatten() if hasattr(column, "combine_chunks") else column.flatten()
+    """A column of lists as `(N, size)` float32; of plain numbers, as lerobot stores size 1, as `(N, 1)`."""
+    values = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+    flat = values.flatten() if hasattr(values, "flatten") else values
     return flat.to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)

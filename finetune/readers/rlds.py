@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -20,7 +21,12 @@ from openvla.finetune.steps import Episode
 
 
 class RLDSReader:
-    """Episodes of one split of an RLDS dataset, standardised as OpenVLA does if its name is known (see `oxe`)."""
+    """Episodes of one split of an RLDS dataset, standardised as OpenVLA does if it is known (see `oxe`).
+
+    Args:
+        name: the `unnorm_key`; default: the dataset's own. If it is that of a known dataset, it also says how to
+            standardise; otherwise the dataset's own does.
+    """
 
     def __init__(self, folder: str | Path, name: str | None = None, split: str = "train"):
         self.folder = str(folder)
@@ -28,12 +34,10 @@ class RLDSReader:
         self.name = name or self.info["name"]
         self.fps = None  # RLDS does not tell
         self.features = _flat_features(json.loads((Path(folder) / "features.json").read_text()))
-        self._files = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"*-{split}.tfrecord-*")))
-        if not self._files:
-            found = sorted({file.split("-")[-2 if "-of-" not in file else -4] for file in os.listdir(self.folder)})
-            raise FileNotFoundError(f"{self.folder} has no files of split {split!r}; names there hold {found}.")
+        self.convention = self.name if self.name in STANDARDIZE else self.info["name"]
+        self._files = _shards(self.folder, split)
         images = [key.removeprefix("observation/") for key, (kind, *_) in self.features.items() if kind == "image"]
-        self.cameras = image_keys(self.name, images)
+        self.cameras = image_keys(self.convention, images)
         self._records = [(file, start, size) for file in self._files for start, size in _record_positions(file)]
 
     def __len__(self) -> int:
@@ -43,27 +47,29 @@ class RLDSReader:
         return [*self._files, os.path.join(self.folder, "features.json")]
 
     def read(self, index: int) -> Episode:
-        file, start, size = self._records[index]
+        file, start, _ = self._records[index]
         source = f"{file}, record at byte {start} (episode {index})"
-        with open(file, "rb") as stream:
-            stream.seek(start)
-            data = stream.read(size)
         try:
-            steps = self._steps(_parse_example(data))
-            trajectory = STANDARDIZE.get(self.name, Trajectory.from_steps)(steps)
+            steps = self.raw_steps(index)
+            trajectory = STANDARDIZE.get(self.convention, Trajectory.from_steps)(steps)
         except (KeyError, IndexError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
         def image(camera: str, step: int) -> np.ndarray:
             encoded = steps[f"observation/{camera}"][step + trajectory.first_step]
-            return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+            picture = Image.open(io.BytesIO(encoded))
+            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # it would copy
 
         return Episode(source, trajectory.instructions, trajectory.actions, trajectory.proprio, image)
 
-    def _steps(self, example: dict) -> dict[str, np.ndarray | list]:
-        """`{"observation/state": (N, …), "observation/image": [bytes] * N, …}`: the steps of an episode, flat."""
+    def raw_steps(self, index: int) -> dict[str, np.ndarray | list]:
+        """`{"observation/state": (N, …), "observation/image": [bytes] * N, …}`: the steps of an episode as stored."""
+        file, start, size = self._records[index]
+        with open(file, "rb") as stream:
+            stream.seek(start)
+            data = stream.read(size)
         steps = {}
-        for key, values in example.items():
+        for key, values in _parse_example(data).items():
             if not key.startswith("steps/"):
                 continue
             key = key.removeprefix("steps/")
@@ -75,6 +81,19 @@ class RLDSReader:
                 values = values.reshape(-1, *shape)
             steps[key] = values
         return steps
+
+
+def _shards(folder: str, split: str) -> list[str]:
+    """The files of a split, all of them: an interrupted copy must not pass for a small dataset."""
+    files = sorted(glob.glob(os.path.join(glob.escape(folder), f"*-{split}.tfrecord-*")))
+    if not files:
+        splits = {re.search(r"-([^-]+)\.tfrecord-", file) for file in os.listdir(folder)}
+        found = sorted(match[1] for match in splits if match)
+        raise FileNotFoundError(f"{folder} has no files of the split {split!r}, but of {found}.")
+    expected = int(files[0].rpartition("-of-")[2]) if "-of-" in files[0] else len(files)
+    if len(files) != expected:
+        raise ValueError(f"{folder} holds {len(files)} of the {expected} files of its split {split!r}: copy the rest.")
+    return files
 
 
 def _flat_features(spec: dict) -> dict[str, tuple]:
