@@ -8,17 +8,18 @@ openvla finetune --config recipe.yaml --learning_rate 1e-4
 openvla finetune --config recipe.yaml --resume true
 accelerate launch --num_processes 8 -m openvla.cli finetune --config recipe.yaml
 
-Every option of TRL's SFTConfig is accepted. A run folder holds `checkpoint-N` (to resume from), `best` (by L1 on
-held-out episodes), `merged` (a folder like a Hub repository, ready to act), `metrics.jsonl` and `curves.png`.
+Options of TRL's SFTConfig are accepted. A run folder holds `checkpoint-N` (to resume from), `best` (lowest L1 on
+held-out episodes so far; an adapter in LoRA modes), `merged` (after the last step: a folder like a Hub repository,
+ready to act), `metrics.jsonl`, `curves.png`, and `run.json` (what a resumed run must share).
 """
 
-import logging
+import json
 import math
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-logger = logging.getLogger(__name__)
 MODES = ("lora", "qlora", "full", "frozen-vision", "last-layer", "sandwich")
 
 
@@ -35,6 +36,10 @@ class FinetuneArguments:
     )
     mixture: str | None = field(
         default=None, metadata={"help": "of Open X-Embodiment (bridge_rt_1, …): data is the folder of its datasets"}
+    )
+    mask: list[int] | None = field(
+        default=None,
+        metadata={"help": "per action dim: 1 = normalise, 0 = leave; default: all but a gripper in [0, 1]"},
     )
     mode: str = field(default="lora", metadata={"help": ", ".join(MODES)})
     cameras: list[str] | None = field(default=None, metadata={"help": "which, in order; default: the first ones"})
@@ -55,8 +60,8 @@ class FinetuneArguments:
     )
     validation_share: float = field(default=0.05, metadata={"help": "of the episodes, held out; 0: none"})
     validation_steps: int = field(default=200, metadata={"help": "at most so many steps per dataset and evaluation"})
-    skip_bad_episodes: bool = False
-    resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint of output_dir"})
+    skip_bad_episodes: bool = field(default=False, metadata={"help": "leave them out and say which"})
+    resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint of output_dir, if any"})
 
 
 # Where TRL's own defaults do not suit: the original's for LoRA (5e-4, constant; 2e-5 for the other modes)
@@ -67,6 +72,8 @@ def split_episodes(lengths: list[int], share: float, seed: int) -> tuple[list[in
     """Training and held-out episodes, by a seeded shuffle of the good ones; at least one each unless `share` is 0."""
     import numpy as np
 
+    if not 0 <= share < 1:
+        raise ValueError(f"Expected a validation share from 0 to below 1 (0.05 for 5 %), got {share}.")
     good = [index for index, length in enumerate(lengths) if length]
     if not share:
         return good, []
@@ -139,9 +146,75 @@ class Source:
     held_out: list[int]
 
 
+def check_options(args: FinetuneArguments, config) -> None:
+    """Mends what a YAML file may hold; raises ValueError for what would do nothing, or harm."""
+    for name in ("data", "weights", "mask", "cameras", "decay_steps"):  # one value instead of a list of one
+        value = getattr(args, name)
+        if value is not None and not isinstance(value, list):
+            setattr(args, name, [value])
+    if args.mode not in MODES:
+        raise ValueError(f"Unknown mode {args.mode!r}; expected one of {MODES}.")
+    if args.validation_steps < 1:
+        raise ValueError(f"Expected --validation_steps of 1 or more, got {args.validation_steps}.")
+    instead = {
+        "resume_from_checkpoint": "--resume true continues from the last checkpoint of --output_dir",
+        "load_best_model_at_end": "the best policy so far is kept in the folder `best`",
+        "label_smoothing_factor": "the loss is the cross-entropy",
+        "loss_type": "the loss is the cross-entropy",
+    }
+    for name, reason in instead.items():
+        default = config.__dataclass_fields__[name].default
+        if getattr(config, name) not in (default, None, False):
+            raise ValueError(f"--{name} {getattr(config, name)} would have no effect here: {reason}.")
+
+
+def check_datasets(sources: list[Source], model) -> None:
+    """Raises ValueError for data that the policy would learn wrongly from without an error."""
+    names = [source.reader.name for source in sources]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Datasets of a run need different names (the folder's, or after the / on the Hub): {names}.")
+    for source in sources:
+        action, name = source.scan.norm_stats["action"], source.reader.name
+        dims = len(action["min"])
+        if model.config.action_dim is not None and model.config.action_dim != dims:
+            raise ValueError(f"{name} has {dims} action dims, the policy is made for {model.config.action_dim}.")
+        for dim, (low, high, normalized) in enumerate(zip(action["min"], action["max"], action["mask"])):
+            if low == high != 0 and not normalized:
+                raise ValueError(
+                    f"{name}: dim {dim} is always {low} and is not normalised, so it would be trained and come back "
+                    f"as 0: an open gripper as a closed one. Normalise it: --mask {' '.join(['1'] * dims)}"
+                )
+
+
+def check_resume(run: Path, facts: dict, resume: bool) -> str | None:
+    """The checkpoint to go on from. What a resumed run must share lies in `run.json`.
+
+    Raises ValueError if the folder belongs to another run.
+    """
+    checkpoint = last_checkpoint(str(run))
+    facts = json.loads(json.dumps(facts))
+    if checkpoint is None:
+        if resume:
+            print(f"{run} has no checkpoint: starting from the beginning.")
+        return None
+    if not resume:
+        raise ValueError(f"{run} holds checkpoints of a run: --resume true goes on, or choose another --output_dir.")
+    if not (run / "run.json").exists():
+        raise ValueError(f"{run} has no run.json, which tells what its run was: choose another --output_dir.")
+    before = json.loads((run / "run.json").read_text())
+    changed = {key: (before.get(key), facts.get(key)) for key in before | facts if before.get(key) != facts.get(key)}
+    if changed:
+        told = "; ".join(
+            f"{key}: {str(old)[:60]} then, {str(new)[:60]} now" for key, (old, new) in sorted(changed.items())
+        )
+        raise ValueError(f"{run} was begun otherwise, so it would not go on as it was: {told}")
+    print(f"resuming from {checkpoint}")
+    return checkpoint
+
+
 def find_datasets(args: FinetuneArguments) -> list[tuple[str, str | None, float]]:
     """(place, name or None, weight) of each dataset of a run."""
-    places = [args.data] if isinstance(args.data, str) else list(args.data)  # a YAML file may hold one string
+    places = args.data
     if args.mixture is None:
         if args.name is not None and len(places) > 1:
             raise ValueError(f"--name {args.name} cannot name {len(places)} datasets.")
@@ -181,10 +254,9 @@ def main(argv: list[str]) -> None:
     from openvla.loading import load
 
     parser = TrlParser((FinetuneArguments, SFTConfig), prog="openvla finetune", description=__doc__)
-    parser.set_defaults(**DEFAULTS)
+    parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available())
     args, config = parser.parse_args_and_config(argv)
-    if args.mode not in MODES:
-        raise ValueError(f"Unknown mode {args.mode!r}; expected one of {MODES}.")
+    check_options(args, config)
     adapts = args.mode in ("lora", "qlora")
     if config.learning_rate is None:
         config.learning_rate = 5e-4 if adapts else 2e-5
@@ -194,12 +266,13 @@ def main(argv: list[str]) -> None:
     for place, name, weight in find_datasets(args):
         with PartialState().main_process_first():  # the others find what it cached
             reader = open_reader(place, name)
-            found = scan(reader, args.skip_bad_episodes)
-        training, held_out = split_episodes(found.lengths, args.validation_share, config.seed)
+            found = scan(reader, args.skip_bad_episodes, args.mask and [bool(value) for value in args.mask])
+        try:
+            training, held_out = split_episodes(found.lengths, args.validation_share, config.seed)
+        except ValueError as error:
+            raise ValueError(f"{reader.name}: {error}") from error
         sources.append(Source(reader, weight, found, training, held_out))
     names = [source.reader.name for source in sources]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Datasets of a run need different names, got {names}: rename a folder.")
 
     # 2. Policy: its statistics are those of the new data alone, before the first step
     quantization = None
@@ -209,6 +282,11 @@ def main(argv: list[str]) -> None:
         )
     dtype = torch.bfloat16 if config.bf16 and adapts else torch.float32
     model, processor = load(args.model, dtype=dtype, quantization_config=quantization)
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{args.model} is an adapter: start from the folder `merged` of its run instead.")
+    check_datasets(sources, model)
+    if model.config.action_bins is not None:
+        raise ValueError(f"{args.model} has bins fitted to other data (config.action_bins): set them to null.")
     model.config.norm_stats = {source.reader.name: source.scan.norm_stats for source in sources}
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
@@ -257,6 +335,14 @@ def main(argv: list[str]) -> None:
     config.remove_unused_columns = False
     config.dataset_kwargs = {"skip_prepare_dataset": True}
     config.max_length = None
+    run = Path(config.output_dir)
+    given = ("model", "data", "mode", "weights", "mixture", "lora_rank", "lora_alpha", "lora_dropout", "lora_vision")
+    given += ("lora_head", "augment", "decay_steps", "ema", "shuffle_episodes", "validation_share", "cameras")
+    facts = {name: getattr(args, name) for name in given}
+    of_config = ("seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "bf16")
+    facts |= {name: getattr(config, name) for name in of_config}
+    facts |= {"batch": batch, "norm_stats": model.norm_stats, "lengths": lengths}
+    checkpoint = check_resume(run, facts, args.resume)
     trainer = ActionTrainer(
         model,
         args=config,
@@ -274,29 +360,32 @@ def main(argv: list[str]) -> None:
         for source, part in zip(sources, parts):
             counts = f"{len(source.training)} episodes, {len(part)} steps; held out: {len(source.held_out)} episodes"
             print(f"{source.reader.name}: {counts}")
+            told = part.reader.read(source.training[0]).instructions[0]
+            print(f"  cameras {part.cameras} of {source.reader.cameras}; first told: {told!r}")
         print(f"\n{parameter_table(trainer.accelerator.unwrap_model(trainer.model))}\n")
     start = time.monotonic()
-    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir) if args.resume else None)
+    if main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "run.json.tmp").write_text(json.dumps(facts, indent=2))
+        os.replace(run / "run.json.tmp", run / "run.json")
+    trainer.train(resume_from_checkpoint=checkpoint)
     scored = {entry["step"] for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)}
     if config.eval_strategy != "no" and trainer.state.global_step not in scored:
         trainer.evaluate()
 
     # 5. What others can load
-    run = Path(config.output_dir)
     if trainer.average is not None:
         trainer.average.put_in()
+    result = run / "merged"
     if adapts:
         trainer.save_policy(run / "adapter")
+    if args.mode == "qlora" or (adapts and trainer.is_fsdp_enabled):  # 4 bits, or shards, are not merged into
+        result = run / "adapter"
+    elif not adapts:
+        trainer.save_policy(result)
+    elif main_process:
+        save_atomically(trainer.accelerator.unwrap_model(trainer.model).merge_and_unload(), processor, result)
     if main_process:
         plot_curves(trainer.state.log_history, run / "curves.png")
         print(f"trained for {(time.monotonic() - start) / 60:.1f} minutes; curves: {run / 'curves.png'}")
-    if args.mode == "qlora" or (adapts and trainer.is_fsdp_enabled):
-        if main_process:
-            print(f"{run / 'adapter'} is the adapter; merge it into the whole, unquantised base to publish.")
-        return
-    if adapts and main_process:
-        save_atomically(trainer.accelerator.unwrap_model(trainer.model).merge_and_unload(), processor, run / "merged")
-    elif not adapts:
-        trainer.save_policy(run / "merged")
-    if main_process:
-        print(f"{run / 'merged'} is ready: openvla predict --model {run / 'merged'} …")
+        print(f"{result} is ready: openvla predict --model {result} …")

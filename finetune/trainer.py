@@ -27,8 +27,9 @@ class ActionTrainer(SFTTrainer):
     """Trains on `{"index", "draw"}` rows, in their order.
 
     Args:
-        validation: name -> (collator without augmentation, steps): what `evaluate` scores. The first one decides which
-            model is `best`. Its names prefix the metrics: `""` gives `eval_l1`, `"training_"` `eval_training_l1`.
+        validation: name -> (collator without augmentation, steps): what `evaluate` scores. Its names prefix the
+            metrics: `""` gives `eval_l1`, `"training_"` `eval_training_l1`, `"robot_training_"`
+            `eval_robot_training_l1`.
         decay_steps: optimizer steps at which the learning rate is divided by ten; otherwise TRL's schedulers.
         average: of the trained weights, to score and save instead of them.
     """
@@ -110,13 +111,20 @@ class ActionTrainer(SFTTrainer):
                     self.accelerator,
                 )
                 metrics |= {f"eval_{name}{key}": value for key, value in self._scalars(collator, found).items()}
-            first = f"eval_{next(iter(self.validation))}l1"
-            if metrics[first] < self.best:
-                self.best = metrics[first]
+            score = self._score(metrics)
+            if score < self.best:
+                self.best = score
                 self.save_policy(Path(self.args.output_dir) / "best")
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        """Mean L1 over the datasets, on held-out episodes where there are any: what decides which model is `best`."""
+        found = {name: metrics[f"eval_{name}l1"] for name in self.validation}
+        held_out = [value for name, value in found.items() if not name.endswith("training_")]
+        chosen = held_out or list(found.values())
+        return sum(chosen) / len(chosen)
 
     def _scalars(self, collator: ActionCollator, found: dict) -> dict[str, float]:
         """What trackers can plot: `l1` over all dims, and per dim `l1/x` (normalised) and `l1_physical/x`."""
@@ -167,6 +175,7 @@ class ActionTrainer(SFTTrainer):
             save_file(self.average.weights, run / ".incomplete" / name / "average.safetensors")
         shutil.rmtree(run / name, ignore_errors=True)
         os.replace(run / ".incomplete" / name, run / name)
+        (run / ".incomplete").rmdir()
         kept = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         for old in kept[: -(self.args.save_total_limit or len(kept))]:
             shutil.rmtree(old)
@@ -176,8 +185,8 @@ class ActionTrainer(SFTTrainer):
             if self.average is not None:
                 self.average.load(Path(resume_from_checkpoint) / "average.safetensors")
             history = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text())["log_history"]
-            first = f"eval_{next(iter(self.validation or ['']))}l1"
-            self.best = min((entry[first] for entry in history if first in entry), default=self.best)
+            scores = [self._score(entry) for entry in history if any(key.startswith("eval_") for key in entry)]
+            self.best = min(scores, default=self.best)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

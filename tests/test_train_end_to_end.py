@@ -342,6 +342,80 @@ def test_lora_on_openvla_7b_trains_what_the_original_did_but_for_what_never_runs
     assert "lm_head              131,334,144               0    0.00%" in sft.parameter_table(adapted)
 
 
+# --- What is refused -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--mode", "lorra"], "Unknown mode 'lorra'"),
+        (["--validation_share", "5"], r"validation share from 0 to below 1 \(0.05 for 5 %\), got 5.0"),
+        (["--validation_steps", "0"], "--validation_steps of 1 or more"),
+        (["--resume_from_checkpoint", "x"], "--resume_from_checkpoint x would have no effect here: --resume true"),
+        (["--label_smoothing_factor", "0.5"], "--label_smoothing_factor 0.5 would have no effect"),
+        (["--loss_type", "dft"], "--loss_type dft would have no effect"),
+        (["--mask", "1", "1"], "mask has 2 entries for 7 action dims"),
+        (["--cameras", "top"], r"has no cameras \['top'\]"),
+    ],
+)
+def test_options_that_would_do_nothing_or_harm(options, message, policy, data, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        finetune(policy, data, tmp_path / "run", *options, "--max_steps", "1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_single_values_in_yaml(policy, data, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"model: {policy}\ndata: {data}\nweights: 2\ncameras: wrist\ndecay_steps: 1\nmax_steps: 1\n")
+    sft.main(["--config", str(config), "--output_dir", str(tmp_path / "run"), *OPTIONS, "--save_strategy", "no"])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["cameras"] == ["wrist"]
+
+
+def test_a_gripper_that_never_closes_is_refused_unless_normalised(policy, data, tmp_path):
+    for folder in data.glob("episode_*"):
+        with np.load(folder / "episode.npz") as arrays:
+            values = arrays["actions"].copy()
+        values[:, 6] = 1.0
+        np.savez(folder / "episode.npz", actions=values)
+    with pytest.raises(ValueError, match="my_robot: dim 6 is always 1.0 and is not normalised.*--mask 1 1 1 1 1 1 1"):
+        finetune(policy, data, tmp_path / "run", "--max_steps", "1")
+    options = ["--mask", *"1111111", "--max_steps", "1", "--save_strategy", "no"]
+    finetune(policy, data, tmp_path / "run", *options)
+    model, processor = openvla.load(tmp_path / "run" / "merged", dtype=torch.float32)
+    action = model.predict_action(**processor(processor.build_prompt("go"), np.full((32, 48, 3), 90, np.uint8)))
+    assert action[6] == 1.0
+
+
+def test_adapters_and_foreign_bins_are_no_start(policy, data, tmp_path):
+    finetune(policy, data, tmp_path / "run", "--max_steps", "1", "--save_strategy", "no")
+    with pytest.raises(ValueError, match="adapter is an adapter: start from the folder `merged`"):
+        finetune(tmp_path / "run" / "adapter", data, tmp_path / "next", "--max_steps", "1")
+    fitted = openvla.ActionTokenizer.fit(np.random.default_rng(0).normal(0, 0.01, (500, 7)))
+    for change, message in (
+        ({"action_dim": 14}, "my_robot has 7 action dims, the policy is made for 14"),
+        ({"action_bins": fitted}, "bins fitted to other data"),
+    ):
+        config = json.loads((policy / "config.json").read_text()) | change
+        shutil.copytree(policy, tmp_path / "changed", dirs_exist_ok=True)
+        (tmp_path / "changed" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            finetune(tmp_path / "changed", data, tmp_path / "next", "--max_steps", "1")
+
+
+def test_a_run_goes_on_only_as_it_began(policy, data, tmp_path, capsys):
+    run, options = tmp_path / "run", ["--max_steps", "2", "--save_steps", "2"]
+    finetune(policy, data, run, *options, "--resume", "true")
+    assert "has no checkpoint: starting from the beginning" in capsys.readouterr().out
+    assert not (run / ".incomplete").exists()
+    with pytest.raises(ValueError, match="holds checkpoints of a run: --resume true goes on, or choose another"):
+        finetune(policy, data, run, *options)
+    for changed in (["--learning_rate", "0.1"], ["--seed", "1"], ["--ema", "0.9"], ["--mode", "full"]):
+        with pytest.raises(ValueError, match=f"was begun otherwise.*{changed[0][2:]}: "):
+            finetune(policy, data, run, *options, "--resume", "true", *changed)
+    with np.load(data / "episode_000" / "episode.npz") as arrays:
+        np.savez(data / "episode_000" / "episode.npz", actions=10 * arrays["actions"])
+    with pytest.raises(ValueError, match="norm_stats: "):
+        finetune(policy, data, run, *options, "--resume", "true")
+
+
 # --- Several processes -----------------------------------------------------------------------------------------------
 # accelerate shards over GPUs only; told that these processes have some, it does the same over gloo
 FSDP_ON_CPU = """
