@@ -88,7 +88,10 @@ class OurLeRobot:
         from openvla.finetune.steps import StepDataset
 
         start = time.perf_counter()
+        self.cache = tempfile.TemporaryDirectory()
+        os.environ["HF_DATASETS_CACHE"] = self.cache.name
         reader = LeRobotReader(folder)
+        reader.map_images()  # as for training
         self.cameras = sorted(reader.cameras)
         lengths = [episode["length"] for episode in reader.episodes]
         self.steps = StepDataset(reader, lengths, cameras=self.cameras, chunk=CHUNK)

@@ -266,6 +266,8 @@ def main(argv: list[str]) -> None:
     for place, name, weight in find_datasets(args):
         with PartialState().main_process_first():  # the others find what it cached
             reader = open_reader(place, name)
+            if hasattr(reader, "map_images") and not args.shuffle_episodes:
+                reader.map_images()
             found = scan(reader, args.skip_bad_episodes, args.mask and [bool(value) for value in args.mask])
         try:
             training, held_out = split_episodes(found.lengths, args.validation_share, config.seed)

@@ -275,6 +275,26 @@ def test_stats_command(tmp_path, capsys):
     assert [line.split()[-1] for line in lines[3:]] == ["yes", "yes", "yes", "no", "yes", "yes", "no"]
 
 
+@pytest.mark.parametrize("version", ["v2.1", "v3.0"])
+def test_mapped_images_are_the_same(version, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    reader = open_reader(write_lerobot(tmp_path / "my_robot", version, video=False))
+    episodes = [reader.read(number) for number in range(2)]
+    before = [episodes[0].image(camera, 2) for camera in reader.cameras] + [episodes[1].image(reader.cameras[0], 1)]
+    reader.map_images()
+    for camera, name in enumerate(reader.cameras):
+        for number in (1, 0):
+            for step in range(LENGTHS[number]):
+                expected = picture(number, camera, step)
+                np.testing.assert_array_equal(reader.read(number).image(name, step), expected)
+    after = [episodes[0].image(camera, 2) for camera in reader.cameras] + [episodes[1].image(reader.cameras[0], 1)]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after))
+    opened = open_reader(write_lerobot(tmp_path / "video", version))
+    opened.map_images()
+    assert opened.read(0).image(opened.cameras[0], 0).shape == (32, 48, 3)  # videos stay as they are
+
+
 def test_datasets_of_the_hub(tmp_path, monkeypatch):
     repository = tmp_path / "hub" / "datasets--lab--robot"
     for revision, commit in (("main", "a" * 40), ("v3.0", "b" * 40)):

@@ -32,12 +32,13 @@ class LeRobotReader:
         self.fps = float(self.info["fps"])
         features = self.info["features"]
         self._videos = [key for key, feature in features.items() if feature["dtype"] == "video"]
-        images = [key for key, feature in features.items() if feature["dtype"] == "image"]
-        self.cameras = sorted(self._videos + images, key=lambda key: ("wrist" in key, list(features).index(key)))
+        self._images = [key for key, feature in features.items() if feature["dtype"] == "image"]
+        self._mapped = None  # see `map_images`
+        self.cameras = sorted(self._videos + self._images, key=lambda key: ("wrist" in key, list(features).index(key)))
         self.tasks, self.episodes = self._read_meta()
         # Episodes follow each other: of files with few row groups, the one read last serves the next episode too.
         self._parquet_metadata = functools.lru_cache(maxsize=64)(_parquet_metadata)
-        self._row_group = functools.lru_cache(maxsize=len(images) + 1)(self._read_row_group)
+        self._row_group = functools.lru_cache(maxsize=len(self._images) + 1)(self._read_row_group)
         self._video = functools.lru_cache(maxsize=16)(self._open_video)
 
     def __len__(self) -> int:
@@ -63,12 +64,39 @@ class LeRobotReader:
         def image(camera: str, step: int) -> np.ndarray:
             if camera in self._videos:
                 return self._frame(meta, camera, float(times[step]))
+            if self._mapped is not None:
+                return _decode(self._mapped_image(camera, number, step, len(times)))
             if camera not in encoded:  # the whole episode's: lerobot writes them as one page, which is read as one
                 encoded[camera] = self._rows(file, number, (camera,))[camera]
-            picture = Image.open(io.BytesIO(encoded[camera][step].as_py()["bytes"]))
-            return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # it would copy
+            return _decode(encoded[camera][step].as_py()["bytes"])
 
         return Episode(source, instructions, actions, proprio, image)
+
+    def map_images(self) -> None:
+        """Makes single images cheap, where they lie in the tables: otherwise each costs reading those of its episode.
+
+        `datasets` copies them once, uncompressed, into its cache (`HF_DATASETS_CACHE`) and maps that into memory, as
+        lerobot does. Without images in the tables nothing happens.
+        """
+        if not self._images or self._mapped is not None:
+            return
+        from datasets import Dataset, Image
+
+        places = {self.info["data_path"].format(**self._place(meta, "data")): None for meta in self.episodes}
+        files = [str(self.path / place) for place in places]
+        data = Dataset.from_parquet(files, columns=[*self._images, "episode_index"])
+        numbers = np.asarray(data.data.column("episode_index"))
+        self._first_rows = dict(zip(*(each.tolist() for each in np.unique(numbers, return_index=True))))
+        self._row_numbers = numbers
+        self._mapped = {
+            camera: data.select_columns(camera).cast_column(camera, Image(decode=False)) for camera in self._images
+        }
+
+    def _mapped_image(self, camera: str, number: int, step: int, length: int) -> bytes:
+        first = self._first_rows[number]
+        if not (self._row_numbers[first : first + length] == number).all():
+            raise ValueError(f"{self.path}: the rows of episode {number} do not follow each other.")
+        return self._mapped[camera][first + step][camera]["bytes"]
 
     def _read_meta(self) -> tuple[dict[int, str], list[dict]]:
         import pyarrow.parquet as parquet
@@ -179,6 +207,11 @@ class _Video:
         if first is not None:
             self._frames = itertools.chain([first], self._frames)
             self._reach = max(self._reach, time - first.time + 1 / self._fps)
+
+
+def _decode(encoded: bytes) -> np.ndarray:
+    picture = Image.open(io.BytesIO(encoded))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))  # it would copy
 
 
 def _parquet_metadata(file: Path) -> tuple:
