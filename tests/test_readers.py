@@ -243,8 +243,15 @@ def test_scan_and_steps(format, tmp_path):
     found = statistics.scan(reader, progress=False)
     assert found.lengths == LENGTHS and found.norm_stats["num_transitions"] == 8
     everything = np.concatenate([actions(0), actions(1)]).astype(np.float64)
-    np.testing.assert_allclose(found.norm_stats["action"]["q01"], np.quantile(everything, 0.01, axis=0))
-    np.testing.assert_allclose(found.norm_stats["action"]["std"], everything.std(axis=0))
+    for name, expected in {
+        "q01": np.quantile(everything, 0.01, axis=0),
+        "q99": np.quantile(everything, 0.99, axis=0),
+        "mean": everything.mean(axis=0),
+        "std": everything.std(axis=0),
+        "min": everything.min(axis=0),
+        "max": everything.max(axis=0),
+    }.items():
+        np.testing.assert_allclose(found.norm_stats["action"][name], expected, rtol=1e-6)
     assert found.norm_stats["action"]["mask"] == [True] * 6 + [False]
     assert statistics.scan(reader, progress=False) == found  # from the cache
     steps = StepDataset(reader, found.lengths, cameras=reader.cameras, chunk=3)
