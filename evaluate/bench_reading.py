@@ -20,9 +20,9 @@ unless told not to: "same pixels". Ours uses one thread; `--cores 1` gives each 
 """
 
 import argparse
+import base64
 import json
 import os
-import pickle
 import platform
 import random
 import statistics
@@ -254,6 +254,27 @@ def _bytes(values):
     return [_bytes(value) for value in values]
 
 
+def _pack(value) -> list:
+    """As JSON, from one environment to another, whose packages may differ: exactly, and nothing that runs."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        array = np.asarray(value)
+        return [array.dtype.str, list(array.shape), base64.b64encode(array.tobytes()).decode()]
+    if isinstance(value, bytes):
+        return ["bytes", base64.b64encode(value).decode()]
+    return ["list", [_pack(each) for each in value]] if isinstance(value, list) else ["plain", value]
+
+
+def _unpack(packed: list):
+    kind, *content = packed
+    if kind == "bytes":
+        return base64.b64decode(content[0])
+    if kind == "list":
+        return [_unpack(each) for each in content[0]]
+    if kind == "plain":
+        return content[0]
+    return np.frombuffer(base64.b64decode(content[1]), kind).reshape(content[0])
+
+
 # --- The process of a side -------------------------------------------------------------------------------------------
 SIDES = {"our-rlds": OurRLDS, "our-lerobot": OurLeRobot, "tfds": TensorFlowDatasets, "lerobot": LeRobotPackage}
 
@@ -271,8 +292,8 @@ def serve(kind: str, folder: str, options: str) -> None:
         request = json.loads(line)
         dump = request.pop("dump", None)
         if dump:
-            with open(dump, "wb") as file:  # read by the process that asked, and by no other
-                pickle.dump([plain for item in side.read(**request) for plain in side.plain(item)], file)
+            items = [plain for item in side.read(**request) for plain in side.plain(item)]
+            Path(dump).write_text(json.dumps([{key: _pack(value) for key, value in item.items()} for item in items]))
             answer = {}
         else:
             answer = run(side, request)
@@ -311,8 +332,8 @@ class Side:
     def items(self, **request) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             self.ask(dump=f"{folder}/items", **request)
-            with open(f"{folder}/items", "rb") as file:
-                return pickle.load(file)
+            items = json.loads(Path(folder, "items").read_text())
+            return [{key: _unpack(value) for key, value in item.items()} for item in items]
 
     def _answer(self) -> dict:
         line = self.process.stdout.readline()

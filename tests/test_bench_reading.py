@@ -1,5 +1,7 @@
 """The reading benchmark compares contents bit by bit, and takes ratios over pairs of the same work."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -75,3 +77,13 @@ def test_a_process_answers_with_the_content_of_the_dataset(tmp_path):
         np.testing.assert_array_equal(last["state"], states(1)[-1])
         assert last["text"] == INSTRUCTIONS[1].encode() and last["image"].shape == (32, 48, 3)
     assert side.process.returncode == 0
+
+
+def test_items_pass_between_environments_unchanged():
+    values = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.float32([0.1, -2]), np.array(True)]
+    values += [b"\x00\xff", "go", 1.5, [b"a", b"\x80"], None]
+    for value in values:
+        again = bench_reading._unpack(json.loads(json.dumps(bench_reading._pack(value))))
+        assert type(again) is type(value) and np.array_equal(again, value)
+        if isinstance(value, np.ndarray):
+            assert again.dtype == value.dtype and again.shape == value.shape
