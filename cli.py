@@ -10,6 +10,7 @@ COMMANDS = {
     "stats": ("openvla.finetune.stats", "check a dataset and print its statistics"),
     "data inspect": ("openvla.finetune.inspection", "what is in a dataset and what will hurt, as an HTML report"),
     "data convert": ("openvla.finetune.conversion", "turn any dataset we read into a LeRobot v3 dataset"),
+    "convert": ("openvla.hub_upload.convert", "the original's checkpoints -> a folder that loads today"),
     "doctor": ("openvla.evaluate.doctor", "check that a checkpoint sees, listens and has sane statistics"),
     "bench": ("openvla.evaluate.bench", "milliseconds per action, measured side by side"),
 }

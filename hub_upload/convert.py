@@ -1,0 +1,162 @@
+"""Turns checkpoints of the original into folders that today's transformers load: same weights, code beside them.
+
+openvla convert openvla/openvla-7b converted/openvla-7b
+openvla convert runs/prism-dinosiglip-224px+mx-bridge converted/bridge --tokenizer openvla/openvla-7b
+openvla convert runs/RUN/checkpoints/step-002500-epoch-01-loss=0.5.pt converted/bridge --tokenizer openvla/openvla-7b
+openvla convert prism-dinosiglip-224px+7b converted/base --towers dinov2.safetensors siglip.safetensors
+
+A source is a folder or Hub repository that the original's own converter wrote (its weights are copied untouched), a
+training run of the original (config.json, dataset_statistics.json, checkpoints/*.pt), one `.pt` of it, or a base VLM
+of Prismatic in the same layout. Base VLMs have no statistics: the result is for fine-tuning. Trained with frozen
+towers, as most were, they do not hold them: pass timm's own with --towers. Nothing is written into the source.
+"""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+from openvla.cli import command_parser
+
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "checkpoints/*.pt"]
+REPORT = "conversion.json"
+
+
+def convert_folder(source: Path, folder: Path) -> dict:
+    """A folder in HF layout: weights and their index byte by byte, everything else for today's transformers."""
+    from openvla.configuration_openvla import OpenVLAConfig
+    from openvla.hub_upload.layout import check_weights, copy_extras, read_statistics, skeleton, write_companions
+    from openvla.hub_upload.weights import INDEX, SafetensorsFolder
+    from openvla.processing_openvla import OpenVLAProcessor
+
+    config = OpenVLAConfig.from_pretrained(source)
+    weights = SafetensorsFolder(source)
+    unused = check_weights(skeleton(config), weights.infos, source)
+    for path in [file.file for file in weights.files] + [source / INDEX] * (source / INDEX).exists():
+        shutil.copyfile(path, folder / path.name)
+    write_companions(folder, config, OpenVLAProcessor.from_pretrained(source), read_statistics(source, config))
+    copy_extras(source, folder)
+    return {"renamed": {}, "dropped": {}, "unused": unused, "tensors": len(weights.infos)}
+
+
+def convert_run(
+    source: Path,
+    folder: Path,
+    dtype: str = "bfloat16",
+    tokenizer: str | None = None,
+    base_config: str | None = None,
+    towers: list[str] | None = None,
+    max_shard_size: int = 5 * 10**9,
+) -> dict:
+    """A training run of the original, or a base VLM: one tensor after the other, renamed and converted to `dtype`.
+
+    Args:
+        tokenizer: folder or Hub id with the language model's tokenizer.json; None: the config's `hf_llm_id`.
+        base_config: config.json of the base VLM, if the run's own does not tell enough.
+        towers: safetensors of timm, in the order of the config, if the `.pt` holds none.
+
+    Raises ValueError unless every tensor has a place and every place a tensor.
+    """
+    import torch
+
+    from openvla.hub_upload.layout import check_weights, skeleton, write_companions
+    from openvla.hub_upload.prismatic import (
+        PrismaticWeights,
+        TimmTower,
+        find_pt,
+        image_processor_for,
+        read_config,
+        tokenizer_for,
+    )
+    from openvla.hub_upload.weights import write_shards
+    from openvla.processing_openvla import OpenVLAProcessor
+
+    # 1. What there is
+    pt = find_pt(source)
+    run = pt.parent.parent if source.is_file() else source
+    config = read_config(Path(base_config) if base_config else run / "config.json")
+    config.dtype = getattr(torch, dtype)
+    parts = [PrismaticWeights(pt, config.dtype)]
+    if parts[0].has_towers == bool(towers):
+        raise ValueError(
+            f"{pt} holds the vision towers itself: leave --towers out."
+            if towers
+            else f"{pt} holds no vision towers, as they were frozen in its training: pass timm's weights with "
+            f"--towers, one safetensors file for each of {config.timm_model_ids}."
+        )
+    if towers and len(towers) != len(config.timm_model_ids):
+        raise ValueError(f"Expected one of --towers for each of {config.timm_model_ids}, got {len(towers)}.")
+    prefixes = ("vision_backbone.featurizer.", "vision_backbone.fused_featurizer.")
+    for file, prefix, tower in zip(towers or [], prefixes, config.vision_towers):
+        positions = tower.num_patches + (0 if tower.no_embed_class else tower.num_prefix_tokens)
+        parts.append(TimmTower(Path(file), prefix, positions, config.dtype))
+
+    # 2. Whether it is all there
+    infos = {name: info for part in parts for name, info in part.infos.items()}
+    readers = {name: part.read for part in parts for name in part.infos}
+    unused = check_weights(skeleton(config), infos, pt)
+    statistics = None
+    if (run / "dataset_statistics.json").exists():
+        statistics = json.loads((run / "dataset_statistics.json").read_text())
+    processor = OpenVLAProcessor(
+        image_processor_for(config),
+        tokenizer_for(config, tokenizer or config.hf_llm_id),
+        prompt_template=config.prompt_template,
+        prompt_end_token_id=config.prompt_end_token_id,
+        num_patches=config.num_image_tokens,
+        image_token_id=config.image_token_id,
+    )
+
+    # 3. Write
+    write_shards(folder, infos, lambda name: readers[name](name), max_shard_size)
+    write_companions(folder, config, processor, statistics)
+    renamed = {old: new for part in parts for new, old in part.renamed.items()}
+    dropped = {name: reason for part in parts for name, reason in part.dropped.items()}
+    return {"renamed": renamed, "dropped": dropped, "unused": unused, "tensors": len(infos)}
+
+
+def tell(report: dict, out: Path, statistics: bool) -> str:
+    """The report in a few lines; the whole of it lies in the folder."""
+    lines = [f"{report['tensors']} tensors, {len(report['renamed'])} of them renamed"]
+    if report["unused"]:
+        lines.append(f"{len(report['unused'])} of them never read by a policy, kept for older tools")
+    lines += [f"dropped: {count} {reason}" for reason, count in Counter(report["dropped"].values()).items()]
+    lines.append(f"every tensor: {out / REPORT}")
+    nothing = "no statistics: fine-tune it before it can act"
+    lines.append(f"{out} is ready: " + (f"openvla doctor {out}" if statistics else nothing))
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("convert", __doc__)
+    parser.add_argument("source", metavar="PATH_OR_ID", help="checkpoint of the original: see above")
+    parser.add_argument("out", metavar="FOLDER", help="new folder")
+    parser.add_argument("--revision", help="branch, tag or commit, if the source is on the Hub")
+    parser.add_argument("--tokenizer", metavar="PATH_OR_ID", help="where tokenizer.json of the language model is")
+    parser.add_argument("--base-config", metavar="FILE", help="config.json of the run's base VLM")
+    parser.add_argument("--towers", nargs="+", metavar="FILE", help="timm's weights, if the .pt holds none")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights of a .pt"
+    )
+    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of the weights of a .pt")
+    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
+    args = parser.parse_args(argv)
+
+    from openvla.hub_upload.layout import fetch, new_folder
+    from openvla.hub_upload.prismatic import is_run
+
+    source, out = fetch(args.source, PATTERNS, args.revision), Path(args.out).expanduser()
+    with new_folder(out, args.overwrite) as folder:
+        if is_run(source):
+            size = int(args.max_shard_size * 10**9)
+            report = convert_run(source, folder, args.dtype, args.tokenizer, args.base_config, args.towers, size)
+        elif args.tokenizer or args.base_config or args.towers:
+            raise ValueError(
+                f"{source} is in HF layout already: --tokenizer, --base-config and --towers are for .pt files."
+            )
+        else:
+            report = convert_folder(source, folder)
+        report = {"source": args.source, **report}
+        (folder / REPORT).write_text(json.dumps(report, indent=2))
+        statistics = (folder / "dataset_statistics.json").exists()
+    print(tell(report, out, statistics))

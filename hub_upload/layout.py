@@ -1,0 +1,131 @@
+"""What a published folder consists of, and which weights a policy must have: shared by convert and export."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from openvla.hub_upload.weights import TensorInfo
+
+PACKAGE = Path(__file__).parent.parent
+HUB_FILES = (
+    "configuration_openvla.py",
+    "action_tokenizer.py",
+    "tf_image_ops.py",
+    "processing_openvla.py",
+    "modeling_openvla.py",
+)
+
+
+def skeleton(config):
+    """The policy of a config without memory for its weights (on the meta device)."""
+    from openvla.modeling_openvla import OpenVLAForActionPrediction
+
+    with torch.device("meta"):
+        return OpenVLAForActionPrediction(config)
+
+
+def released_names(model, names) -> dict[str, str]:
+    """`{name: name in released files}`: nested names, as some tools save them, become the released ones."""
+    return {old: new for new, old in model._fix_state_dict_keys_on_save({name: name for name in names}).items()}
+
+
+def check_weights(model, infos: dict[str, TensorInfo], source) -> list[str]:
+    """Accounts for every tensor, under released names. Returns those that no policy ever reads: last blocks, final
+    norms and pooling heads of the towers, which the original's files have.
+
+    Raises ValueError for tensors that are missing, of another shape, or unknown.
+    """
+    state = model.state_dict()
+    expected = {new: tuple(state[old].shape) for old, new in released_names(model, state).items()}
+    missing = sorted(set(expected) - set(infos))
+    wrong = [
+        f"{name} {infos[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if name in infos and infos[name].shape != shape
+    ]
+    extra = [name for name in infos if name not in expected]
+    unused = [n for n in extra if any(re.search(p, n) for p in model._keys_to_ignore_on_load_unexpected)]
+    unknown = sorted(set(extra) - set(unused))
+    problems = [
+        f"{len(found)} {what}: {', '.join(found[:3])}{' …' if len(found) > 3 else ''}"
+        for what, found in (("missing", missing), ("of another shape", wrong), ("unknown", unknown))
+        if found
+    ]
+    if problems:
+        raise ValueError(
+            f"{source} does not hold the policy that its config.json describes. Tensors {'; '.join(problems)}"
+        )
+    return unused
+
+
+def write_companions(folder: Path, config, processor, statistics: dict | None) -> None:
+    """Everything but the weights: code, config.json with the whole auto_map, processor, tokenizer, generation_config
+    and, for older tools, dataset_statistics.json."""
+    from transformers import GenerationConfig
+
+    folder = Path(folder)
+    config.norm_stats = statistics
+    config.architectures = ["OpenVLAForActionPrediction"]
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    for name in HUB_FILES:
+        shutil.copyfile(PACKAGE / name, folder / name)
+    ids = {name: getattr(processor.tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    GenerationConfig(**ids, pad_token_id=config.pad_token_id).save_pretrained(folder)
+    if statistics is not None:
+        (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=2))
+
+
+def read_statistics(source: Path, config) -> dict | None:
+    """The statistics a policy acts with: dataset_statistics.json beside the weights, else those of its config."""
+    path = Path(source) / "dataset_statistics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else config.norm_stats
+
+
+def copy_extras(source: Path, folder: Path) -> None:
+    """generation_config.json and tokenizer.model of a source, which nothing here needs but others may."""
+    for name in ("generation_config.json", "tokenizer.model"):
+        if (Path(source) / name).exists():
+            shutil.copyfile(Path(source) / name, Path(folder) / name)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder under a temporary name that gets its own once everything is in it; removed if anything goes wrong."""
+    out = Path(out).expanduser()
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another folder, or pass --overwrite.")
+    temporary = out.parent / f".{out.name}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if out.exists():
+        old = out.parent / f".{out.name}.replaced"
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(out, old)
+        os.replace(temporary, out)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, out)
+
+
+def fetch(source: str, patterns: list[str], revision: str | None = None) -> Path:
+    """A folder as it is, or the matching files of a Hub repository."""
+    folder = Path(source).expanduser()
+    if folder.exists():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise FileNotFoundError(f"{source} is neither a folder nor a Hub id such as openvla/openvla-7b.")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
