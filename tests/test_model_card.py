@@ -1,0 +1,570 @@
+"""Model cards: what they say is what the files and facts say, and nothing leaks."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+
+import openvla
+from openvla.action_tokenizer import name_action_dims
+from openvla.finetune.oxe import ACTIONS
+from openvla.hub_upload.card_facts import CONTROL_RATES, hub_id
+from openvla.hub_upload.card_text import code, escape, without_paths
+from openvla.hub_upload.model_card import (
+    CardFacts,
+    Example,
+    read_evaluation,
+    read_run,
+    validate_card,
+    write_card,
+)
+from openvla.serve.drawing import draw_motion
+
+NOTICE = "Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc."
+ACTION = np.array([0.0123, -0.021, 0.018, -0.02, 0.035, 0.11, 1.0])
+RESULT = {"dataset": "libero_spatial", "metric": "success_rate", "value": 0.847}
+RUN = {
+    "model": "openvla/openvla-7b",
+    "data": ["lab/pick_cup@v3.0", "/home/somebody/robots/secret_lab/pour"],
+    "mode": "lora",
+    "lora_rank": 32,
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_vision": False,
+    "lora_head": True,
+    "cameras": ["front"],
+    "learning_rate": 0.0005,
+    "lr_scheduler_type": "constant",
+    "augment": True,
+    "ema": None,
+    "validation_share": 0.05,
+    "seed": 42,
+    "batch": 16,
+    "lengths": [[30, 40, 50], [10, 20]],
+}
+HISTORY = [
+    {"loss": 5.1, "step": 20},
+    {"eval_pour_l1": 0.31, "eval_pour_token_accuracy": 0.12, "eval_pour_l1/x": 0.2, "step": 100},
+    {"eval_pour_l1": 0.25, "eval_pour_token_accuracy": 0.6, "step": 1500},
+    {"loss": 0.51234, "step": 1900},
+    {"eval_pour_l1": 0.35, "eval_pour_token_accuracy": 0.725, "eval_pour_training_l1": 0.02, "step": 2000},
+    {"train_runtime": 5.0, "step": 2000},
+]
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, tmp_path_factory) -> Path:
+    """The recorded checkpoint as this package saves it. Do not write."""
+    folder = tmp_path_factory.mktemp("exported") / "policy"
+    model, processor = openvla.load(checkpoint, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path) -> Path:
+    """One per test: its weights are links, all else may be changed."""
+    copy = tmp_path / "policy"
+    shutil.copytree(exported, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    for weights in exported.glob("*.safetensors"):
+        (copy / weights.name).symlink_to(weights)
+    return copy
+
+
+@pytest.fixture
+def example(images) -> Example:
+    return Example(images[0].convert("RGB").resize((128, 96)), "pick up the cup", "bridge_orig", ACTION)
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def write(folder: Path, examples=(), **facts) -> tuple[dict, str]:
+    """Metadata and text of a card that was written, and found valid."""
+    path = write_card(folder, CardFacts(**facts), examples)
+    assert path == folder / "README.md"
+    card = validate_card(path)
+    return card.data.to_dict(), card.text
+
+
+def tables(text: str) -> list[list[list[str]]]:
+    """Rows of cells, per table: split at bars that are not escaped, as GitHub does."""
+    found = re.findall(r"(?:^\|.*\|\n?)+", text, flags=re.MULTILINE)
+    return [[re.split(r"(?<!\\)\|", row)[1:-1] for row in part.strip().split("\n")] for part in found]
+
+
+def facts_of(text: str) -> dict[str, str]:
+    """The rows of tables without a header."""
+    rows = [row for part in tables(text) for row in part if len(row) == 2]
+    return {what.strip(" *"): told.strip() for what, told in rows}
+
+
+# --- Metadata ---
+def test_metadata_comes_back(folder, example):
+    data, text = write(folder, [example], repo_id="lab/cup", training=RUN, history=HISTORY)
+    assert data["pipeline_tag"] == "robotics" and data["library_name"] == "transformers"
+    assert data["base_model"] == "openvla/openvla-7b" and data["base_model_relation"] == "finetune"
+    assert data["datasets"] == ["lab/pick_cup"] and data["language"] == ["en"] and data["license"] == "llama2"
+    assert data["tags"] == ["robotics", "vision-language-action", "openvla", "lora"]
+    told = "bridge_orig: x +0.0123, y -0.0210, z +0.0180, roll -0.0200, pitch +0.0350, yaw +0.1100, gripper +1.0000"
+    assert data["widget"] == [
+        {
+            "src": "assets/observation-1.png",
+            "text": "pick up the cup",
+            "example_title": "Example 1",
+            "output": {"text": told},
+        }
+    ]
+    assert text.lstrip().startswith("# cup\n")
+
+
+def test_nothing_is_claimed_without_facts(folder):
+    data, text = write(folder)
+    for name in ("base_model", "base_model_relation", "datasets", "model-index", "widget"):
+        assert name not in data
+    assert text.lstrip().startswith("# policy\n") and '"your-name/your-policy"' in text
+    assert facts_of(text)["made from"] == "unknown"
+    assert "## Training\n\nUnknown: no record" in text and "## Evaluation\n\nUnknown: no result" in text
+    assert "## Example" not in text and "## Notes" not in text and not (folder / "assets").exists()
+
+
+def test_explicit_facts_win_over_the_run(folder):
+    data, _ = write(
+        folder,
+        base_model="other/base",
+        base_model_relation="merge",
+        datasets=["lab/other"],
+        license="other",
+        license_name="our-terms",
+        license_link="LICENSE",
+        training=RUN,
+    )
+    chosen = ("base_model", "base_model_relation", "datasets", "license", "license_name", "license_link")
+    assert [data[name] for name in chosen] == [
+        "other/base",
+        "merge",
+        ["lab/other"],
+        "other",
+        "our-terms",
+        "LICENSE",
+    ]
+
+
+def test_the_model_index_survives_the_hubs_own_reader(folder):
+    results = [
+        RESULT | {"episodes": 500, "interval": [0.813, 0.876], "source": "https://example.org/results"},
+        {"dataset": "my_robot", "metric": "l1", "value": 0.0213},
+    ]
+    data, _ = write(folder, repo_id="lab/cup", evaluation=results)
+    name, found = model_index_to_eval_results(data["model-index"])
+    assert name == "cup"
+    assert [(each.task_type, each.dataset_name, each.metric_type, each.metric_value) for each in found] == [
+        ("robotics", "libero_spatial", "success_rate", 0.847),
+        ("robotics", "my_robot", "l1", 0.0213),
+    ]
+    assert found[0].metric_args == {"episodes": 500, "interval": [0.813, 0.876]}
+    assert found[0].source_url == "https://example.org/results" and found[1].metric_args is None
+
+
+@pytest.mark.parametrize(
+    "place, expected",
+    [
+        ("openvla/openvla-7b", "openvla/openvla-7b"),
+        ("lab/pick_cup@v3.0", "lab/pick_cup"),
+        ("/home/lab/pick_cup", None),
+        ("~/pick_cup", None),
+        ("../pick_cup", None),
+        ("C:\\data\\cup", None),
+        ("runs/cup", None),
+        ("cup/merged", None),
+        ("cup/checkpoint-500", None),
+        ("lab/demo.hdf5", None),
+        ("lab/cup/extra", None),
+        ("pick_cup", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_what_is_an_id_of_the_hub(place, expected):
+    assert hub_id(place) == expected
+
+
+def test_what_exists_here_is_taken_for_local(tmp_path, monkeypatch):
+    (tmp_path / "lab" / "pick_cup").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert hub_id("lab/pick_cup") is None and hub_id("lab/other") == "lab/other"
+
+
+# --- What the files say ---
+def test_tables_hold_the_statistics(folder):
+    _, text = write(folder)
+    rows = [[cell.strip() for cell in row] for part in tables(text) for row in part]
+    assert ["`bridge_orig`", "7", "5 Hz", "60,064", "2,135,463", "1 = open"] in rows
+    assert ["`toy_robot`", "7", "unknown", "10", "1,000", "1 = open, presumably"] in rows
+    assert ["`toy_nomask_6d`", "6", "unknown", "1", "10", "unknown"] in rows
+    assert ["dim", "unit", "1st percentile", "99th percentile", "scaled", "remark"] in rows
+    assert ["x", "m", "-0.028727", "0.02831", "yes", ""] in rows
+    assert ["yaw", "rad", "-0.20718", "0.20383", "yes", ""] in rows
+    assert ["gripper", "1 = open", "0", "1", "no", ""] in rows
+    assert ["z", "dataset units", "-1.5", "-0.25", "yes", "0 lies outside: a position rather than a motion?"] in rows
+    assert ["action 3", "unknown", "-2", "2", "yes", ""] in rows
+
+
+def test_the_overview_counts_the_weights(folder, exported):
+    _, text = write(folder)
+    told = facts_of(text)
+    model = openvla.OpenVLAForActionPrediction.from_pretrained(exported)
+    assert told["parameters"].startswith(f"{sum(p.numel() for p in model.parameters()):,} in the files")
+    size = sum(file.stat().st_size for file in exported.glob("*.safetensors"))
+    assert told["weights"] == f"bfloat16, {size / 1e9:.2f} GB"
+    assert told["prompt"] == "`In: What action should the robot take to {instruction}?\\nOut:`"
+    assert told["language model"] == "`meta-llama/Llama-2-7b-hf`, 3 layers of width 128"
+
+
+def test_statistics_beside_the_weights_win(folder):
+    stats = json.loads((folder / "dataset_statistics.json").read_text())
+    stats["toy_robot"]["action"]["q99"][0] = 7.25
+    (folder / "dataset_statistics.json").write_text(json.dumps({"toy_robot": stats["toy_robot"]}))
+    _, text = write(folder)
+    assert "| 7.25 | yes |" in text and "`bridge_orig`" not in text
+
+
+def test_what_a_dataset_declares_is_told(folder):
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["toy_nomask_6d"]
+    stats["action"] |= {"names": [f"joint_{n}.pos" for n in range(6)], "units": ["deg"] * 6}
+    stats["action"]["min"][5] = stats["action"]["max"][5] = stats["action"]["q01"][5] = stats["action"]["q99"][5] = 3
+    (folder / "dataset_statistics.json").write_text(json.dumps({"arm": stats | {"control_frequency": 12.5}}))
+    _, text = write(folder)
+    assert "names and units are those that the dataset declares" in text and "| 12.5 Hz |" in text
+    assert "| joint\\_3.pos | deg | -2 | 2 | yes |  |" in text
+    assert "| joint\\_5.pos | deg | 3 | 3 | yes | constant in the data |" in text
+
+
+def test_many_datasets_are_folded_up_and_all_are_told(folder):
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["bridge_orig"]
+    keys = [*list(CONTROL_RATES)[:20], "dobbe", "libero_goal"]
+    (folder / "dataset_statistics.json").write_text(json.dumps(dict.fromkeys(keys, stats)))
+    _, text = write(folder)
+    assert text.count("<details>") == text.count("</details>") == 22
+    assert "| `dobbe` | 7 | unknown |" in text and "| `libero_goal` | 7 | 20 Hz |" in text
+    assert "center_crop_area=0.9" in text  # no crop is declared
+
+
+def test_known_rates_are_of_datasets_that_exist():
+    assert len(CONTROL_RATES) == 24 and set(CONTROL_RATES) < set(ACTIONS)
+    chosen = [CONTROL_RATES[name] for name in ("bridge_orig", "fractal20220817_data", "taco_play", "kuka")]
+    assert chosen == [5, 3, 15, 10]
+
+
+def test_the_picture_is_told_as_the_processor_makes_it(folder):
+    assert "The picture is resized to 224 × 224 pixels, whatever its proportions (bicubic)." in write(folder)[1]
+    change(folder / "preprocessor_config.json", center_crop_area=0.9, jpeg_quality=95, lanczos3_size=224)
+    _, text = write(folder, training=RUN)
+    numbered = re.findall(r"^\d\. (\w+)", text, flags=re.MULTILINE)
+    assert numbered == ["compressed", "resized", "cut", "resized"]
+    assert "quality 95" in text and "the middle 90% of its area" in text and "trained on `front`" in text
+
+
+def test_a_policy_without_statistics_is_a_start(folder):
+    (folder / "dataset_statistics.json").unlink()
+    change(folder / "config.json", norm_stats=None)
+    _, text = write(folder)
+    assert "it is a start for fine-tuning" in text and "predict_action" not in text
+
+
+def test_chunks_and_cameras(folder, example):
+    change(folder / "config.json", num_cameras=2, action_chunk=10, action_head="l1")
+    data, text = write(folder, [Example(example.image, "pour", "bridge_orig", np.tile(ACTION, (10, 1)))])
+    assert "action-chunking" in data["tags"]
+    assert "for number in range(2)]" in text and "# (10, 7): x y z" in text
+    assert facts_of(text)["answers"] == "10 steps (a chunk) at a time, by a head of the kind `l1`"
+    assert "| dim | step 1 |" in text and "| step 8 | unit |" in text and "The first 8 of 10 steps." in text
+
+
+# --- The code on the card ---
+def test_the_code_on_the_card_acts(folder, example, model, processor, tmp_path):
+    _, text = write(folder, [example])
+    script = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
+    script = script.replace('"your-name/your-policy"', repr(str(folder))).replace("bfloat16", "float32")
+    example.image.save(tmp_path / "frame.png")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\nsys.modules['openvla'] = None\n{script}\nprint(action.tolist())"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    inputs = processor(processor.build_prompt("pick up the cup"), example.image)
+    expected = model.predict_action(**inputs, unnorm_key="bridge_orig")
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, rtol=0, atol=1e-6)
+
+
+# --- Training and evaluation ---
+def test_a_run_is_told(folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text(json.dumps(RUN))
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, HISTORY)) + "\n")
+    training, history = read_run(run)
+    _, text = write(folder, training=training, history=history)
+    told = facts_of(text)
+    assert told["data"] == "[lab/pick\\_cup@v3.0](https://huggingface.co/datasets/lab/pick_cup), `pour` (local)"
+    assert told["trained on"] == "3 episodes, 120 steps; 2 episodes, 30 steps"
+    rank = (
+        "rank 32, alpha 16, dropout 0, on all linear layers but the head and the vision towers; the head itself, whole"
+    )
+    assert told["adapter"] == rank
+    assert told["optimizer steps"] == "2,000" and told["learning rate"] == "0.0005"
+    assert told["samples per optimizer step"] == "16" and told["random crops and colours"] == "yes"
+    assert told["last loss"] == "0.5123, at step 1900" and "decay of the average of the weights" not in told
+    assert "| held out pour | 0.3500 (step 2000) | 0.2500 (step 1500) | 72.5 % |" in text
+    assert "| training pour | 0.0200 (step 2000) | 0.0200 (step 2000) | unknown |" in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="has no run.json"):
+        read_run(tmp_path)
+
+
+def test_results_are_told_with_their_interval(folder):
+    results = [
+        RESULT | {"episodes": 500, "interval": [0.813, 0.876], "command": "openvla evaluate --model /srv/x/cup"},
+        {"dataset": "a|b", "metric": "l1", "value": 0.021346, "source": "https://example.org/x"},
+    ]
+    _, text = write(folder, evaluation=results)
+    how = "`openvla evaluate --model cup`"
+    assert f"| libero\\_spatial | success rate | 84.7 % | 81.3 % to 87.6 % | 500 | {how} |" in text
+    assert "| a\\|b | l1 | 0.02135 | unknown | unknown | [source](https://example.org/x) |" in text
+
+
+def test_a_file_of_results_is_read(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([RESULT, RESULT | {"value": 1, "interval": [0.9, 1.0]}]))
+    assert [result["value"] for result in read_evaluation(path)] == [0.847, 1]
+    path.write_text("[")
+    with pytest.raises(ValueError, match="results.json is no JSON"):
+        read_evaluation(path)
+    with pytest.raises(FileNotFoundError):
+        read_evaluation(tmp_path / "missing.json")
+
+
+@pytest.mark.parametrize(
+    "results, message",
+    [
+        ({"libero": 0.8}, "expected a list of objects"),
+        ([RESULT, {"dataset": "x", "value": 1}], "entry 1: lacks 'metric'"),
+        ([RESULT | {"value": 84.7}], r"success_rate 84.7: rates are fractions in \[0, 1\]"),
+        ([RESULT | {"value": "0.8"}], "value '0.8' instead of a number"),
+        ([RESULT | {"value": True}], "value True instead of a number"),
+        ([RESULT | {"value": float("nan")}], "value nan instead"),
+        ([RESULT | {"episodes": 0}], "episodes 0 instead"),
+        ([RESULT | {"episodes": 12.5}], "episodes 12.5 instead"),
+        ([RESULT | {"interval": [0.9, 0.95]}], r"interval \[0.9, 0.95\] instead of \[low, high\] around 0.847"),
+        ([RESULT | {"interval": [0.8]}], r"interval \[0.8\] instead"),
+        ([RESULT | {"interval": [0.8, 1.2]}], r"interval \[0.8, 1.2\]: rates are fractions"),
+        ([RESULT | {"episode": 5}], r"unknown fields \['episode'\]"),
+        ([RESULT | {"dataset": ""}], "dataset '' instead of a text"),
+    ],
+)
+def test_malformed_results_are_refused(folder, tmp_path, results, message):
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=message):
+        read_evaluation(tmp_path / "results.json")
+    with pytest.raises(ValueError, match=message):
+        write_card(folder, CardFacts(evaluation=results))
+    assert not (folder / "README.md").exists()
+
+
+# --- Licences ---
+@pytest.mark.parametrize(
+    "llm, given, identifier, has_notice",
+    [
+        (("llama2-7b-pure", "meta-llama/Llama-2-7b-hf"), None, "llama2", True),
+        (("vicuna-v15-7b", "lmsys/vicuna-7b-v1.5"), None, "llama2", True),
+        (("our-own", "meta-llama/Llama-2-13b-hf"), None, "llama2", True),
+        (("llama2-7b-pure", "meta-llama/Llama-2-7b-hf"), "mit", "mit", True),
+        (("qwen25-0_5b", "Qwen/Qwen2.5-0.5B"), None, "apache-2.0", False),
+        (("qwen25-3b", "Qwen/Qwen2.5-3B"), None, "other", False),
+        (("our-own", "lab/our-own"), None, "other", False),
+        (("our-own", "lab/our-own"), "bsd-3-clause", "bsd-3-clause", False),
+    ],
+)
+def test_licences(folder, llm, given, identifier, has_notice):
+    change(folder / "config.json", llm_backbone_id=llm[0], hf_llm_id=llm[1])
+    data, text = write(folder, license=given)
+    assert data["license"] == identifier and (NOTICE in text) == has_notice
+    assert ("must decide" in text) == (identifier == "other")
+    assert ("declares `" in text) == (given is not None)
+
+
+# --- Pictures ---
+def test_pictures_are_what_was_seen_and_predicted(folder, example):
+    _, text = write(folder, [example])
+    seen, drawn = (Image.open(folder / "assets" / f"{name}-1.png") for name in ("observation", "example"))
+    np.testing.assert_array_equal(np.asarray(seen), np.asarray(example.image))
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["bridge_orig"]["action"]
+    dims = name_action_dims({"bridge_orig": {"action": stats}}, "bridge_orig")
+    expected = draw_motion(example.image, ACTION, dims, stats)
+    np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+    assert "](assets/example-1.png)" in text and "| yaw | 0.1100 | rad |" in text
+
+
+def test_nothing_temporary_and_no_old_picture_is_left(folder, example):
+    write(folder, [example, example])
+    write(folder, [example])
+    assert sorted(path.name for path in (folder / "assets").iterdir()) == ["example-1.png", "observation-1.png"]
+    assert not [path.name for path in folder.rglob(".*")]
+
+
+def test_a_card_that_cannot_be_written_leaves_the_old_one(folder, example):
+    write(folder, [example])
+    before = {path: path.read_bytes() for path in [folder / "README.md", *folder.glob("assets/*")]}
+    wrong = Example(example.image, "pour", "bridge_orig", np.full(7, np.nan))
+    with pytest.raises(ValueError, match="finite"):
+        write_card(folder, CardFacts(notes="new"), [example, wrong])
+    with pytest.raises(KeyError, match=r"in units of 'other'; the checkpoint has \['bridge_orig', 'toy_nomask_6d'"):
+        write_card(folder, CardFacts(notes="new"), [Example(example.image, "pour", "other", ACTION)])
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list((folder / "assets").iterdir())) == 2
+
+
+# --- What must not get onto a card, and what must come out as it went in ---
+def test_no_path_of_this_machine_gets_onto_a_card(folder, example, tmp_path):
+    write_card(
+        folder,
+        CardFacts(
+            base_model=str(tmp_path / "secret_base"),
+            datasets=["/home/somebody/secret_lab/pour", "../secret_lab/cup", "C:\\secret_lab\\wipe"],
+            training=RUN | {"model": "/home/somebody/secret_lab/x/best"},
+            evaluation=[
+                RESULT | {"command": "openvla evaluate --model=/home/somebody/secret_lab/m --out secret_lab/a/b"},
+                RESULT | {"source": "measured in /home/somebody/secret_lab/here"},
+            ],
+            notes="See /home/somebody/secret_lab/notes.md, or https://example.org/secret/address.",
+        ),
+        [example],
+    )
+    content = (folder / "README.md").read_text()
+    for part in ("somebody", "secret_lab", str(tmp_path), "/home"):
+        assert part not in content, part
+    data = ModelCard(content).data
+    assert data.base_model is None and data.datasets is None
+    told = facts_of(content)
+    assert told["made from"] == "`secret_base` (local)"
+    assert told["data"] == "`pour` (local), `cup` (local), `wipe` (local)"
+    assert "`openvla evaluate --model=m --out b`" in content and "measured in here" in content
+    assert "See notes.md, or https://example.org/secret/address." in content
+
+
+def test_texts_that_are_no_paths_stay():
+    for text in ("and/or", "3 m/s", "http://127.0.0.1:8000/act/now", "a / b", "/act", "lab/cup"):
+        assert without_paths(text) == text
+
+
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "pick up | the `cup`",
+        "two\nlines\n---\nand: more",
+        'say "hi" \\ *now* [x](y) <b> & # $1$',
+        "yes",
+        "- {a: b}",
+        "ändere die Tasse ☕",
+        "'single' ```fence``` ``two``",
+    ],
+)
+def test_instructions_come_out_as_they_went_in(folder, example, instruction):
+    example.instruction = instruction
+    data, text = write(folder, [example])
+    plain = " ".join(instruction.split())
+    assert data["widget"][0]["text"] == plain
+    script = re.search(r"```python\n(.*?)\n```\n", text, flags=re.DOTALL)[1]
+    found = re.search(r"build_prompt\((.*)\)$", script, flags=re.MULTILINE)[1]
+    assert eval(found) == plain
+    shown = re.search(r'^\*\*"(.*)"\*\*, in units', text, flags=re.MULTILINE)[1]
+    unescaped = re.sub(r"\\([^\w\s])", r"\1", shown)
+    assert unescaped.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&") == plain
+    assert all(len(row) == len(part[0]) for part in tables(text) for row in part)
+
+
+def test_odd_names_of_datasets_do_not_break_tables(folder):
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["bridge_orig"]
+    stats["action"] |= {"names": ["a|b", "c`d", "<e>", "f*g*", "h_i_", "[j](k)", "gripper"], "units": ["|"] * 7}
+    (folder / "dataset_statistics.json").write_text(json.dumps({"my|robot `x`": stats, "`": stats}))
+    _, text = write(folder)
+    assert all(len(row) == len(part[0]) for part in tables(text) for row in part)
+    assert "| `` my\\|robot `x` `` |" in text
+    assert "| a\\|b | \\| |" in text and "| &lt;e&gt; |" in text
+
+
+def test_markdown_is_escaped():
+    assert escape("a_b*c|d`e <f> [g]") == "a\\_b\\*c\\|d\\`e &lt;f&gt; \\[g\\]"
+    assert code("x") == "`x`" and code("a`b") == "``a`b``" and code("`") == "`` ` ``"
+    assert code("a|b", in_table=True) == "`a\\|b`"
+
+
+# --- Refusals ---
+def test_facts_that_cannot_be_are_refused(folder):
+    with pytest.raises(ValueError, match="base_model_relation must be one of"):
+        write_card(folder, CardFacts(base_model="a/b", base_model_relation="child"))
+    for wrong in ("cup", "a/b/c", "/a", "lab/cu p"):
+        with pytest.raises(ValueError, match="repo_id must be owner/name"):
+            write_card(folder, CardFacts(repo_id=wrong))
+
+
+def test_a_folder_that_could_not_be_loaded_gets_no_card(checkpoint, folder):
+    with pytest.raises(FileNotFoundError, match="lacks modeling_openvla.py"):  # as the original's tools leave it
+        write_card(checkpoint, CardFacts())
+    (folder / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks config.json"):
+        write_card(folder, CardFacts())
+
+
+def test_validation_tells_all_that_is_wrong(folder, example):
+    write(folder, [example])
+    path = folder / "README.md"
+    content = path.read_text().replace("pipeline_tag: robotics", "pipeline_tag: robots")
+    content = content.replace("license: llama2\n", "base_model: ../mine\n").replace("`toy_robot`", "`gone`")
+    path.write_text(content + f"\nmade in {folder.resolve()}\n")
+    (folder / "assets" / "example-1.png").unlink()
+    with pytest.raises(ValueError) as error:
+        validate_card(folder)
+    for problem in (
+        "pipeline_tag is 'robots'",
+        "no license",
+        "base_model names '../mine'",
+        "shows 'assets/example-1.png', which is not there",
+        "nothing about unnorm_key 'toy_robot'",
+        "a path of this machine",
+    ):
+        assert problem in str(error.value), problem
+
+
+def test_a_folder_under_its_temporary_name_is_called_by_its_own(folder):
+    temporary = folder.with_name(".cup.incomplete")
+    folder.rename(temporary)
+    _, text = write(temporary)
+    assert text.lstrip().startswith("# cup\n")
+
+
+def test_the_docstring_shows_a_result_that_is_accepted(tmp_path):
+    from openvla.hub_upload import model_card
+
+    shown = re.search(r"\{.*?\}", model_card.__doc__, flags=re.DOTALL)[0]
+    (tmp_path / "results.json").write_text(f"[{textwrap.dedent(shown)}]")
+    assert read_evaluation(tmp_path / "results.json")[0]["interval"] == [0.813, 0.876]
