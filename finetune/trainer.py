@@ -7,7 +7,6 @@ in the end `curves.png` and what `openvla finetune` leaves. Import this module o
 import contextlib
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from trl import SFTTrainer
 from openvla.action_tokenizer import name_action_dims
 from openvla.evaluate.offline import evaluate_actions
 from openvla.finetune.collator import ActionCollator
-from openvla.modeling_openvla import CHECKPOINT_RENAMES
+from openvla.hub_upload.layout import module_name
 
 
 class ActionTrainer(SFTTrainer):
@@ -199,7 +198,7 @@ class ActionTrainer(SFTTrainer):
         model = self.model if model is None else model
         missing = set(model.state_dict())
         for file in files:
-            weights = {_module_name(name): tensor for name, tensor in load_file(file).items()}
+            weights = {module_name(name): tensor for name, tensor in load_file(file).items()}
             unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
             if unexpected:
                 raise ValueError(f"{file} holds weights that the policy does not have: {unexpected[:5]} …")
@@ -278,12 +277,6 @@ def _own_class(model):
         yield
     finally:
         model.__class__ = kept
-
-
-def _module_name(name: str) -> str:
-    for released, module in CHECKPOINT_RENAMES.items():
-        name = re.sub(released, module, name)
-    return name
 
 
 def save_atomically(model, processor, folder: Path, state_dict: dict | None = None) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from openvla.hub_upload.weights import TensorInfo
+from openvla.modeling_openvla import CHECKPOINT_RENAMES, OpenVLAForActionPrediction
 
 PACKAGE = Path(__file__).parent.parent
 HUB_FILES = (
@@ -24,8 +26,6 @@ HUB_FILES = (
 
 def skeleton(config):
     """The policy of a config without memory for its weights (on the meta device)."""
-    from openvla.modeling_openvla import OpenVLAForActionPrediction
-
     with torch.device("meta"):
         return OpenVLAForActionPrediction(config)
 
@@ -35,9 +35,20 @@ def released_names(model, names) -> dict[str, str]:
     return {old: new for new, old in model._fix_state_dict_keys_on_save({name: name for name in names}).items()}
 
 
+def module_name(released: str) -> str:
+    """Where the tensor of a released name lives in the model."""
+    for pattern, target in CHECKPOINT_RENAMES.items():
+        released = re.sub(pattern, target, released)
+    return released
+
+
+def is_unused(model, released: str) -> bool:
+    """Whether a tensor belongs to what no policy ever reads: last blocks, final norms and pooling heads of towers."""
+    return any(re.search(pattern, released) for pattern in model._keys_to_ignore_on_load_unexpected)
+
+
 def check_weights(model, infos: dict[str, TensorInfo], source) -> list[str]:
-    """Accounts for every tensor, under released names. Returns those that no policy ever reads: last blocks, final
-    norms and pooling heads of the towers, which the original's files have.
+    """Accounts for every tensor, under released names. Returns those that no policy ever reads (`is_unused`).
 
     Raises ValueError for tensors that are missing, of another shape, or unknown.
     """
@@ -50,7 +61,7 @@ def check_weights(model, infos: dict[str, TensorInfo], source) -> list[str]:
         if name in infos and infos[name].shape != shape
     ]
     extra = [name for name in infos if name not in expected]
-    unused = [n for n in extra if any(re.search(p, n) for p in model._keys_to_ignore_on_load_unexpected)]
+    unused = [name for name in extra if is_unused(model, name)]
     unknown = sorted(set(extra) - set(unused))
     problems = [
         f"{len(found)} {what}: {', '.join(found[:3])}{' …' if len(found) > 3 else ''}"
@@ -67,8 +78,6 @@ def check_weights(model, infos: dict[str, TensorInfo], source) -> list[str]:
 def write_companions(folder: Path, config, processor, statistics: dict | None) -> None:
     """Everything but the weights: code, config.json with the whole auto_map, processor, tokenizer, generation_config
     and, for older tools, dataset_statistics.json."""
-    from transformers import GenerationConfig
-
     folder = Path(folder)
     config.norm_stats = statistics
     config.architectures = ["OpenVLAForActionPrediction"]
@@ -101,22 +110,17 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     out = Path(out).expanduser()
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another folder, or pass --overwrite.")
-    temporary = out.parent / f".{out.name}.incomplete"
-    shutil.rmtree(temporary, ignore_errors=True)
+    scratch = out.absolute().parent / f".{out.name}.incomplete"
+    shutil.rmtree(scratch, ignore_errors=True)
+    temporary = scratch / out.name  # its last part, so that what is written about the folder calls it by its name
     temporary.mkdir(parents=True)
     try:
         yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if out.exists():
-        old = out.parent / f".{out.name}.replaced"
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(out, old)
+        if out.exists():
+            os.replace(out, scratch / "replaced")
         os.replace(temporary, out)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def fetch(source: str, patterns: list[str], revision: str | None = None) -> Path:

@@ -312,34 +312,10 @@ def test_device_map_with_disk_offload(checkpoint, model, observation, tmp_path):
         assert torch.equal(offloaded(**observation).logits, model(**observation).logits)
 
 
-def write_old_adapter(folder, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A LoRA adapter as peft 0.11 saved it for the original model. Returns the full-rank updates by released name."""
-    shapes = {
-        "vision_backbone.featurizer.blocks.0.attn.qkv": (384, 128),
-        "vision_backbone.featurizer.blocks.1.mlp.fc1": (512, 128),
-        "vision_backbone.fused_featurizer.blocks.2.attn.proj": (144, 144),
-        "vision_backbone.featurizer.blocks.3.attn.qkv": (384, 128),  # in the block that nobody uses
-        "projector.fc2": (128, 1088),
-        "language_model.model.layers.1.self_attn.q_proj": (128, 128),
-        "language_model.model.layers.2.mlp.down_proj": (128, 344),
-        "language_model.lm_head": (32064, 128),
-    }
-    generator, tensors, updates = torch.Generator().manual_seed(seed), {}, {}
-    for name, (rows, columns) in shapes.items():
-        a, b = torch.randn(4, columns, generator=generator) * 0.1, torch.randn(rows, 4, generator=generator) * 0.1
-        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
-        updates[f"{name}.weight"] = 0.5 * b @ a  # alpha / r = 2 / 4
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = ["qkv", "proj", "fc1", "fc2", "fc3", "q_proj", "down_proj", "lm_head"]
-    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": targets, "task_type": None}
-    config |= {"base_model_name_or_path": "openvla/openvla-7b", "inference_mode": True, "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return updates
-
-
 @pytest.mark.parametrize("way", ["peft", "transformers"])
-def test_an_old_lora_adapter_has_its_full_effect(way, checkpoint, fresh_model, observation, tmp_path):
+def test_an_old_lora_adapter_has_its_full_effect(
+    way, checkpoint, fresh_model, observation, write_old_adapter, tmp_path
+):
     peft = pytest.importorskip("peft")
     updates = write_old_adapter(tmp_path / "adapter")
     merged = {name: tensor.float() for name, tensor in weights(checkpoint).items()}
@@ -361,7 +337,7 @@ def test_an_old_lora_adapter_has_its_full_effect(way, checkpoint, fresh_model, o
     assert (plain - expected).abs().max() > 0.5  # the adapter is no small thing
 
 
-def test_load_takes_an_adapter_with_its_base(checkpoint, observation, tmp_path):
+def test_load_takes_an_adapter_with_its_base(checkpoint, observation, write_old_adapter, tmp_path):
     pytest.importorskip("peft")
     write_old_adapter(tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -1,0 +1,398 @@
+"""What is exported is the policy that was trained, whole, and acts where this package is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import openvla
+from openvla.finetune.sft import lora_config
+from openvla.hub_upload import export
+from openvla.hub_upload.layout import (
+    HUB_FILES,
+    is_unused,
+    module_name,
+    released_names,
+    skeleton,
+    write_companions,
+)
+from openvla.hub_upload.merge import Adapter
+from openvla.hub_upload.proof import Observation, ProofError, check_proof, compare, prove
+from openvla.hub_upload.weights import SafetensorsFolder, TensorInfo, write_shards
+
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def adapt(model, config):
+    """The model with an adapter whose every weight was moved, as training does."""
+    adapted = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return adapted
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, processor, tmp_path_factory):
+    """What a fine-tuning run leaves: run.json, `adapter` with its own statistics and centre crop, `merged`."""
+    folder = tmp_path_factory.mktemp("run") / "cup"
+    model = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    statistics = {"cup": json.loads((checkpoint / "dataset_statistics.json").read_text())["bridge_orig"]}
+    model.config.norm_stats = statistics
+    adapted = adapt(model, lora_config(4, None, 0.0, vision=True, head=True))
+    processor = openvla.OpenVLAProcessor.from_pretrained(checkpoint)
+    processor.image_processor.center_crop_area = 0.9
+    adapted.save_pretrained(folder / "adapter")
+    processor.save_pretrained(folder / "adapter")
+    (folder / "adapter" / "dataset_statistics.json").write_text(json.dumps(statistics))
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(checkpoint)
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    adapted.merge_and_unload().to(torch.bfloat16).save_pretrained(folder / "merged")
+    processor.save_pretrained(folder / "merged")
+    facts = {"model": "openvla/openvla-7b", "data": ["lab/cup"], "mode": "lora", "learning_rate": 5e-4, "batch": 16}
+    facts |= {"lora_rank": 4, "lora_alpha": None, "lora_dropout": 0.0, "lora_vision": True, "lora_head": True}
+    (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, images, tmp_path_factory):
+    """The adapter, exported and proven, with an example on its card."""
+    folder = tmp_path_factory.mktemp("exported")
+    images[0].convert("RGB").save(folder / "frame.png")
+    options = ["--image", str(folder / "frame.png"), "--instruction", "Pick up the cup", "--repo-id", "lab/cup-policy"]
+    export.main([str(run / "adapter"), str(folder / "policy"), "--max-shard-size", "0.008", *options])
+    return folder / "policy"
+
+
+# --- Merging ---
+VARIANTS = {
+    "as openvla finetune makes it": lora_config(4, None, 0.0, vision=True, head=True),
+    "rank-stabilised, per-layer ranks": peft.LoraConfig(
+        r=4, target_modules=["q_proj", "fc1"], use_rslora=True, rank_pattern={"layers.1.self_attn.q_proj": 2}
+    ),
+    "DoRA": peft.LoraConfig(r=4, target_modules=["down_proj", "qkv"], use_dora=True),
+    "convolution and embedding": peft.LoraConfig(r=4, target_modules=["patch_embed.proj", "embed_tokens"]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merging_one_weight_at_a_time_is_merging_them_all(variant, dtype, checkpoint, tmp_path):
+    model = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = adapt(model, VARIANTS[variant])
+    adapted.save_pretrained(tmp_path)
+    adapter = Adapter(tmp_path, skeleton(openvla.OpenVLAConfig.from_pretrained(checkpoint)))
+    expected = adapted.merge_and_unload().state_dict()
+    changed = 0
+    for name, weight in before.items():
+        merged = adapter.merge(name, weight)
+        assert merged.dtype == dtype and torch.equal(merged, expected[name].to(dtype)), name
+        changed += not torch.equal(merged, weight)
+    assert changed == len({*adapter.layers, *(name.rpartition(".")[0] for name in adapter.replaced)}) > 1
+
+
+def test_an_adapter_made_for_the_original(checkpoint, write_old_adapter, tmp_path):
+    updates = write_old_adapter(tmp_path / "adapter")
+    base = SafetensorsFolder(checkpoint)
+    adapter = Adapter(tmp_path / "adapter", skeleton(openvla.OpenVLAConfig.from_pretrained(checkpoint)))
+    for name in base.infos:
+        before = base.read(name).float()
+        after = adapter.merge(module_name(name), before)
+        if name in updates and not is_unused(adapter.model, name):
+            torch.testing.assert_close(after, before + updates[name], rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(after, before), name
+    assert len(adapter.layers) == 7
+    assert {key.split(".lora_")[0] for key in adapter.unused} == {
+        "base_model.model.vision_backbone.featurizer.blocks.3.attn.qkv"
+    }
+
+
+def test_adapters_that_cannot_be_merged(checkpoint, write_old_adapter, tmp_path):
+    model = skeleton(openvla.OpenVLAConfig.from_pretrained(checkpoint))
+    write_old_adapter(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+
+    def write(some_tensors, **settings):
+        save_file(some_tensors, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, **settings}))
+
+    write({**tensors, "base_model.model.language_model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match="made for another model: 1 tensors such as .*layers.9"):
+        Adapter(tmp_path / "adapter", model)
+    write(tensors, init_lora_weights="pissa_niter_4")
+    with pytest.raises(ValueError, match="'pissa_niter_4': it changes more of its base"):
+        Adapter(tmp_path / "adapter", model)
+    name = "base_model.model.projector.fc2.lora_B.weight"
+    write({key: tensor for key, tensor in tensors.items() if key != name})
+    with pytest.raises(ValueError, match="adapter of model.projector.fc2 is not whole"):
+        Adapter(tmp_path / "adapter", model).merge("model.projector.fc2.weight", torch.zeros(128, 1088))
+    write({**tensors, name: torch.full_like(tensors[name], torch.nan)})
+    with pytest.raises(ValueError, match="model.projector.fc2.weight of the adapter is not finite"):
+        Adapter(tmp_path / "adapter", model).merge("model.projector.fc2.weight", torch.zeros(128, 1088))
+
+
+# --- An adapter becomes a repository ---
+def test_the_folder_is_whole(exported, run, checkpoint):
+    expected = {*HUB_FILES, "config.json", "generation_config.json", "dataset_statistics.json", "README.md", "assets"}
+    expected |= {"preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    expected |= {"handler.py", "requirements.txt", "model.safetensors.index.json", ".proof.json"}
+    expected |= {f"model-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)}
+    assert {path.name for path in exported.iterdir()} == expected | (
+        {"special_tokens_map.json"} if TRANSFORMERS_4 else set()
+    )
+    config = json.loads((exported / "config.json").read_text())
+    statistics = json.loads((run / "adapter" / "dataset_statistics.json").read_text())
+    assert config["norm_stats"] == statistics == json.loads((exported / "dataset_statistics.json").read_text())
+    assert len(config["auto_map"]) == 6
+    assert json.loads((exported / "preprocessor_config.json").read_text())["center_crop_area"] == 0.9
+
+
+def test_its_weights_are_the_merged_ones_and_the_unused_the_base_s(exported, run, checkpoint):
+    written, merged, base = weights(exported), weights(run / "merged"), weights(checkpoint)
+    assert written.keys() == base.keys()
+    for name, tensor in written.items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, merged.get(name, base[name])), name
+    assert len(merged) == 122  # the rest is never read, and there for tools that expect it
+
+
+def test_it_is_proven_and_what_changes_later_is_noticed(exported, tmp_path):
+    record = check_proof(exported)
+    assert record["observations"] == 2 and record["dtype"] == "torch.bfloat16" and not record["same_weights"]
+    assert 0 < record["logits_difference"] < 0.02 and record["tokens_equal"] == "14 of 14"
+    copy = tmp_path / "policy"
+    shutil.copytree(exported, copy)
+    (copy / "README.md").write_text("edited by hand")
+    check_proof(copy)
+    (copy / "config.json").write_text("{}")
+    (copy / "extra.py").write_text("")
+    with pytest.raises(ValueError, match=r"changed since it was proven \(config.json, extra.py\)"):
+        check_proof(copy)
+    (copy / ".proof.json").unlink()
+    with pytest.raises(ValueError, match="no proof"):
+        check_proof(copy)
+
+
+def test_its_card_shows_what_it_does(exported, run):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.pipeline_tag == "robotics" and card.data.library_name == "transformers"
+    assert card.data.datasets == ["lab/cup"] and card.data.to_dict()["license"] == "llama2"
+    assert '"lab/cup-policy"' in card.text and "Pick up the cup" in card.text
+    assert "incomplete" not in card.text and str(run) not in card.text
+    model, processor = openvla.load(exported)
+    picture = Image.open(exported / "assets" / "observation-1.png")
+    inputs = processor(processor.build_prompt("Pick up the cup"), picture)
+    action = model.predict_action(**inputs, unnorm_key="cup")
+    assert f"{action[0]:.4f}".rstrip("0") in card.text.replace("−", "-")
+
+
+# --- A checkpoint becomes a repository ---
+def test_a_checkpoint_passes_byte_by_byte(checkpoint, tmp_path):
+    export.main([str(checkpoint), str(tmp_path / "out"), "--no-proof"])
+    before, after = weights(checkpoint), weights(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert not (tmp_path / "out" / ".proof.json").exists()
+
+
+def test_another_precision(checkpoint, tmp_path):
+    export.main([str(checkpoint), str(tmp_path / "out"), "--no-proof", "--dtype", "float32"])
+    before, after = weights(checkpoint), weights(tmp_path / "out")
+    assert all(
+        after[name].dtype == torch.float32 and torch.equal(before[name].float(), after[name]) for name in before
+    )
+    assert openvla.load(tmp_path / "out", dtype="auto")[0].dtype == torch.float32
+
+
+def test_nested_names_become_the_released_ones(checkpoint, tmp_path):
+    source = tmp_path / "nested"
+    shutil.copytree(checkpoint, source, ignore=shutil.ignore_patterns("*.safetensors*"))
+    before = weights(checkpoint)
+    save_file({module_name(name): tensor for name, tensor in before.items()}, source / "model.safetensors")
+    export.main([str(source), str(tmp_path / "out"), "--no-proof"])
+    after = weights(tmp_path / "out")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_where_a_run_keeps_its_policy(run, tmp_path):
+    assert export.find_source(str(run)).weights == run / "merged"
+    found = export.find_source(str(run / "adapter"))
+    assert found.adapter == run / "adapter" == found.processor and found.run == run
+    shutil.copytree(run, tmp_path / "qlora", ignore=shutil.ignore_patterns("merged"))
+    assert export.find_source(str(tmp_path / "qlora")).adapter == tmp_path / "qlora" / "adapter"
+    shutil.rmtree(tmp_path / "qlora" / "adapter")
+    with pytest.raises(FileNotFoundError, match="neither `merged` nor `adapter`"):
+        export.find_source(str(tmp_path / "qlora"))
+    with pytest.raises(ValueError, match="is no adapter: leave --base out"):
+        export.find_source(str(run / "merged"), base="x/y")
+
+
+def test_what_is_refused(checkpoint, run, tmp_path):
+    def refuse(message, error=ValueError, **changes):
+        source = tmp_path / "source"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(checkpoint, source)
+        for name, change in changes.items():
+            path = source / f"{name}.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        if "norm_stats" in changes.get("config", {}):
+            (source / "dataset_statistics.json").unlink()
+        with pytest.raises(error, match=message):
+            export.main([str(source), str(tmp_path / "out")])
+        assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+    refuse("is quantised", config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
+    refuse("no action statistics", config={"norm_stats": None})
+    with pytest.raises(SystemExit):
+        export.main([str(checkpoint), str(tmp_path / "out"), "--image", "x.png"])
+    broken = json.loads((run / "adapter" / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/gone"}
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(broken))
+    with pytest.raises(FileNotFoundError, match="base is not there: /gone .* Pass --base"):
+        export.main([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert export.find_source(str(tmp_path / "adapter"), base=str(checkpoint)).weights == checkpoint
+
+
+def test_examples_from_a_dataset(tmp_path):
+    for number in range(3):
+        folder = tmp_path / "robot" / f"episode_{number:03d}"
+        (folder / "front").mkdir(parents=True)
+        (folder / "episode.json").write_text(json.dumps({"instruction": f"task {number}", "fps": 10}))
+        np.savez(folder / "episode.npz", actions=np.zeros((7, 7), np.float32))
+        for step in range(7):
+            Image.new("RGB", (8, 8), (30 * step, number, 0)).save(folder / "front" / f"{step:03d}.png")
+    found = export.steps_of(str(tmp_path / "robot"), None, None, 1)
+    assert [(each.instruction, each.unnorm_key) for each in found] == [("task 0", "robot"), ("task 1", "robot")]
+    assert found[1].images[0][0, 0].tolist() == [60, 1, 0]  # step 2 of 7
+
+
+# --- The proof itself ---
+def trial(seed: int = 0, **changes) -> dict:
+    rng = np.random.default_rng(seed)
+    found = {"logits.0": rng.normal(size=100), "blind.0": rng.normal(size=100), "tokens.0": np.arange(7)[None]}
+    return {**found, "action.0": np.arange(7) / 7, "dtype": np.array("torch.bfloat16"), **changes}
+
+
+def test_what_counts_as_the_same():
+    same = trial()
+    assert compare(same, same, 1, same_weights=True)["tokens_equal"] == "7 of 7"
+    spread = np.ptp(same["logits.0"])
+    near = trial(**{"logits.0": same["logits.0"] + 0.04 * spread})
+    assert compare(same, near, 1, same_weights=False)["logits_difference"] == pytest.approx(0.04)
+    with pytest.raises(ProofError, match="differ from the source's by 0.04 of their range; 1e-05"):
+        compare(same, near, 1, same_weights=True)
+    with pytest.raises(ProofError, match="by 0.06 of their range; 0.05"):
+        compare(same, trial(**{"logits.0": same["logits.0"] + 0.06 * spread}), 1, same_weights=False)
+    with pytest.raises(ProofError, match="by nan"):
+        compare(same, trial(**{"logits.0": np.full(100, np.nan)}), 1, same_weights=False)
+    with pytest.raises(ProofError, match="Only 6 of 7 action tokens"):
+        compare(same, trial(**{"tokens.0": np.array([[0, 1, 2, 3, 4, 5, 9]])}), 1, same_weights=True)
+    with pytest.raises(ProofError, match="image makes no difference"):
+        compare(same, trial(**{"blind.0": same["logits.0"]}), 1, same_weights=True)
+
+
+def test_a_folder_that_does_not_act_is_not_proven(checkpoint, exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "broken")
+    code = (tmp_path / "broken" / "modeling_openvla.py").read_text()
+    broken = code.replace("import copy\n", "import copy\nimport openvla\n", 1)
+    (tmp_path / "broken" / "modeling_openvla.py").write_text(broken)
+    request = {"folder": str(checkpoint), "adapter": None, "processor": str(checkpoint), "dtype": "bfloat16"}
+    request["norm_stats"] = json.loads((checkpoint / "dataset_statistics.json").read_text())
+    observation = Observation([np.zeros((8, 8, 3), np.uint8)], "push", "bridge_orig")
+    with pytest.raises(ProofError, match="(?s)loaded without this package, does not act:.*openvla"):
+        prove(tmp_path / "broken", request, [observation], same_weights=True)
+
+
+def test_a_failed_proof_leaves_no_folder(checkpoint, tmp_path, monkeypatch):
+    def fail(*args):
+        raise ProofError("no")
+
+    monkeypatch.setattr("openvla.hub_upload.proof.prove", fail)
+    with pytest.raises(ProofError):
+        export.main([str(checkpoint), str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
+
+
+MEASURE = """
+    import json, os, resource, sys, threading, time
+    from openvla.hub_upload import export
+    most = {"children": 0}
+    def watch():
+        while True:
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    status = dict(line.split(":", 1) for line in open(f"/proc/{pid}/status") if ":" in line)
+                except OSError:
+                    continue
+                if int(status["PPid"]) == os.getpid() and "RssAnon" in status:
+                    most["children"] = max(most["children"], int(status["RssAnon"].split()[0]) * 1024)
+            time.sleep(0.1)
+    threading.Thread(target=watch, daemon=True).start()
+    export.main(sys.argv[1:])
+    most["exporting"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps(most))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_exporting_two_gigabytes_takes_little_memory(checkpoint, tmp_path):
+    config = openvla.OpenVLAConfig.from_pretrained(checkpoint).to_dict()
+    size = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 18, "num_attention_heads": 16}
+    config["text_config"] = {**config["text_config"], **size, "num_key_value_heads": 16, "head_dim": 128}
+    config = openvla.OpenVLAConfig.from_dict(config)
+    model = skeleton(config)
+    state = model.state_dict()
+    infos = {
+        new: TensorInfo(torch.bfloat16, tuple(state[old].shape)) for old, new in released_names(model, state).items()
+    }
+    generator = torch.Generator().manual_seed(0)
+    (tmp_path / "base").mkdir()
+    write_shards(
+        tmp_path / "base",
+        infos,
+        lambda name: torch.randn(infos[name].shape, generator=generator) * infos[name].shape[-1] ** -0.5,
+    )
+    config.dtype = torch.bfloat16
+    processor = openvla.OpenVLAProcessor.from_pretrained(checkpoint)
+    write_companions(tmp_path / "base", config, processor, config.norm_stats)
+    peft_config = lora_config(16, None, 0.0, vision=True)
+    peft_config.base_model_name_or_path = str(tmp_path / "base")
+    adapted = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            prefix = f"base_model.model.{name}"
+            adapted[f"{prefix}.lora_A.weight"] = torch.randn(16, module.in_features, generator=generator) * 0.01
+            adapted[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, 16, generator=generator) * 0.01
+    peft_config.save_pretrained(tmp_path / "adapter")
+    save_file(adapted, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    del adapted
+
+    script = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "adapter"), str(tmp_path / "out")]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    most = json.loads(done.stdout.splitlines()[-1])
+    total, largest = sum(info.nbytes for info in infos.values()), max(info.nbytes for info in infos.values())
+    print(f"{total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, most memory: {most}")
+    assert total > 2e9 and check_proof(tmp_path / "out")
+    assert most["exporting"] < 1e9 + largest
+    assert most["children"] < 1e9 + largest  # besides the weights, which are mapped and may be dropped at any time
