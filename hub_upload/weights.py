@@ -1,8 +1,7 @@
 """Weights by name, one tensor at a time: from safetensors folders and `.pt` files, into sharded safetensors.
 
-A 7B policy has 15 to 30 GB of weights. Whatever passes through here, only one tensor of it is in memory: files are
-opened anew for every tensor (or every gigabyte of a `.pt`), because pages that were read from a mapped file count as
-ours until it is closed.
+A 7B policy has 15 to 30 GB of weights. Whatever passes through here, only one tensor of it is in memory: safetensors
+files are opened anew for every tensor, because pages read from a mapped file count as ours until it is closed.
 """
 
 import json
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch gives it no public name; its own tutorials use this
 
 INDEX = "model.safetensors.index.json"
 _DTYPES = {
@@ -28,7 +28,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_REOPEN_AFTER = 1 << 30  # bytes read
 
 
 @dataclass(frozen=True)
@@ -85,32 +84,37 @@ class SafetensorsFolder:
 class TorchFile:
     """One section of a `.pt` file, a nested dictionary of tensors, as `infos["outer.inner.key"]` and `read`.
 
-    No code from the file runs. `others` are the file's other sections.
+    No code from the file runs. Only the description of the tensors is loaded, which says where in the file each one
+    lies. Not mapped into memory: torch maps files so that the system must set their size aside, and the 30 GB of a 7B
+    policy in float32 are refused where there are 24. `others` are the file's other sections.
     """
 
     def __init__(self, file: Path, section: str):
-        self.file, self.section = Path(file), section
-        self._read = 0
-        self._tensors = self._open()
+        self.file = Path(file)
+        try:
+            with FakeTensorMode():
+                content = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(f"{self.file} is no whole file of weights: {str(error).splitlines()[0]}") from error
+        if not isinstance(content, dict) or not isinstance(content.get(section), dict):
+            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{self.file} has no section {section!r} with weights in it: it holds {found}.")
+        self.others = sorted(set(content) - {section})
+        self._tensors = dict(_flatten(content[section], ""))
         self.infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
-    def _open(self) -> dict[str, torch.Tensor]:
-        try:
-            content = torch.load(self.file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            raise ValueError(f"{self.file} is no file of weights alone: {str(error).splitlines()[0]}") from error
-        if not isinstance(content, dict) or not isinstance(content.get(self.section), dict):
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{self.file} has no section {self.section!r} with weights in it: it holds {found}.")
-        self.others = sorted(set(content) - {self.section})
-        return dict(_flatten(content[self.section], ""))
-
     def read(self, name: str) -> torch.Tensor:
-        if self._read > _REOPEN_AFTER:
-            self._tensors, self._read = None, 0
-            self._tensors = self._open()
-        self._read += self.infos[name].nbytes
-        return self._tensors[name]
+        described = self._tensors[name]
+        storage = described.untyped_storage()
+        if getattr(storage, "_checkpoint_offset", None) is None:
+            raise RuntimeError(f"Reading {self.file.name} needs torch 2.7 or newer, this is {torch.__version__}.")
+        content = bytearray(storage.nbytes())
+        with open(self.file, "rb") as file:
+            file.seek(storage._checkpoint_offset)
+            if file.readinto(content) != len(content):
+                raise ValueError(f"{self.file} ends in the middle of {name}.")
+        whole = torch.frombuffer(content, dtype=described.dtype)
+        return whole.as_strided(described.shape, described.stride(), described.storage_offset())
 
 
 def _flatten(content: dict, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

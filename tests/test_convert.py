@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import openvla
 from openvla.hub_upload import convert
 from openvla.hub_upload.prismatic import released_name, resample_positions
+from openvla.hub_upload.weights import TorchFile
 
 SECTIONS = ("vision_backbone_id", "llm_backbone_id", "arch_specifier", "image_resize_strategy", "llm_max_length")
 
@@ -164,9 +165,25 @@ def test_no_code_of_a_checkpoint_runs(run, checkpoint, tmp_path, capsys):
     edit(run, lambda content: None)
     (path,) = (run / "checkpoints").glob("*.pt")
     torch.save({"model": {"projector": Bomb()}}, path)
-    with pytest.raises(ValueError, match="no file of weights alone"):
+    with pytest.raises(ValueError, match="no whole file of weights"):
         to_hf(run, checkpoint, tmp_path / "out")
     assert "boom" not in capsys.readouterr().out
+
+
+def test_a_file_that_ends_early(run, checkpoint, tmp_path):
+    (path,) = (run / "checkpoints").glob("*.pt")
+    path.write_bytes(path.read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match="no whole file of weights"):
+        to_hf(run, checkpoint, tmp_path / "out")
+
+
+def test_views_of_one_storage_are_told_apart(tmp_path):
+    whole = torch.arange(24.0)
+    views = {"a": whole[:6].view(2, 3), "b": {"c": whole[6:].view(6, 3).t()}}
+    torch.save({"model": views, "epoch": 3}, tmp_path / "x.pt")
+    file = TorchFile(tmp_path / "x.pt", "model")
+    assert file.others == ["epoch"] and file.infos["b.c"].shape == (3, 6)
+    assert torch.equal(file.read("a"), views["a"]) and torch.equal(file.read("b.c"), views["b"]["c"])
 
 
 def test_which_checkpoint_of_a_run(run, checkpoint, tmp_path):
