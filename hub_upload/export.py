@@ -11,11 +11,14 @@ source does, the folder gets its name, and `openvla upload` accepts it. Pictures
 """
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from openvla.cli import command_parser
+
+logger = logging.getLogger(__name__)
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 # For Inference Endpoints, whose toolkit (huggingface-inference-toolkit 0.5.6) cannot be imported with transformers 5.
@@ -71,7 +74,9 @@ def find_source(place: str, base: str | None = None, revision: str | None = None
 
 
 def write_policy(source: Source, folder: Path, dtype: str | None = None, max_shard_size: int = 5 * 10**9) -> dict:
-    """Weights, code and everything a policy acts with. Returns {"dtype", "merged", "unused", "norm_stats"}.
+    """Weights, code and everything a policy acts with. Returns {"dtype", "same_weights", "norm_stats"}.
+
+    What no policy ever reads is written as well, as the source has it or as zeros: other implementations insist.
 
     Args:
         dtype: of the written weights; None: as they are. An adapter is merged in this precision.
@@ -83,6 +88,7 @@ def write_policy(source: Source, folder: Path, dtype: str | None = None, max_sha
         check_weights,
         copy_extras,
         module_name,
+        never_read,
         read_statistics,
         released_names,
         skeleton,
@@ -95,18 +101,27 @@ def write_policy(source: Source, folder: Path, dtype: str | None = None, max_sha
     config = OpenVLAConfig.from_pretrained(source.weights)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{source.weights} is quantised: export the checkpoint it was made from.")
-    statistics = read_statistics(source.adapter or source.weights, config)
+    own = source.adapter is not None and (source.adapter / "dataset_statistics.json").exists()
+    statistics = read_statistics(source.adapter if own else source.weights, config)
+    if source.adapter is not None and not own:
+        logger.warning(
+            "%s brings no dataset_statistics.json: exporting those of its base, for %s.",
+            source.adapter,
+            sorted(statistics or {}),
+        )
     if not statistics:
         raise ValueError(f"{source.weights} has no action statistics: fine-tune it before you publish it.")
     weights, model = SafetensorsFolder(source.weights), skeleton(config)
     released = {new: old for old, new in released_names(model, weights.infos).items()}
-    infos = {new: weights.infos[old] for new, old in released.items()}
-    unused = check_weights(model, infos, source.weights)
-    if dtype is not None:
-        infos = {name: TensorInfo(getattr(torch, dtype), info.shape) for name, info in infos.items()}
-    dtypes = {info.dtype for name, info in infos.items() if name not in unused}
-    if len(dtypes) != 1:
+    found = {new: weights.infos[old] for new, old in released.items()}
+    unused = check_weights(model, found, source.weights)
+    dtypes = {info.dtype for name, info in found.items() if name not in unused}
+    if dtype is None and len(dtypes) != 1:
         raise ValueError(f"{source.weights} mixes {sorted(map(str, dtypes))}: choose one with --dtype.")
+    config.dtype = getattr(torch, dtype) if dtype else dtypes.copy().pop()
+    shapes = {name: info.shape for name, info in found.items()}
+    shapes |= {name: shape for name, shape in never_read(config, shapes).items() if name not in found}
+    infos = {name: TensorInfo(config.dtype, shape) for name, shape in shapes.items()}
     adapter = None
     if source.adapter is not None:
         from openvla.hub_upload.merge import Adapter
@@ -115,24 +130,22 @@ def write_policy(source: Source, folder: Path, dtype: str | None = None, max_sha
 
     # 2. One tensor after the other
     def read(name: str) -> torch.Tensor:
-        tensor = weights.read(released[name]).to(infos[name].dtype)
+        if name not in found:  # vLLM demands them, too; any number will do
+            return torch.zeros(shapes[name])
+        tensor = weights.read(released[name]).to(config.dtype)
         return tensor if adapter is None else adapter.merge(module_name(name), tensor)
 
     write_shards(folder, infos, read, max_shard_size)
 
     # 3. The rest
-    config.dtype = dtypes.pop()
     write_companions(folder, config, OpenVLAProcessor.from_pretrained(source.processor), statistics)
     copy_extras(source.weights, folder)
     shutil.copyfile(Path(__file__).parent.parent / "serve" / "handler.py", folder / "handler.py")
     (folder / "requirements.txt").write_text(REQUIREMENTS)
     merged = 0 if adapter is None else len(adapter.layers) + len(adapter.replaced)
-    converted = any(weights.infos[old].dtype != config.dtype for new, old in released.items() if new not in unused)
     return {
         "dtype": str(config.dtype).removeprefix("torch."),
-        "merged": merged,
-        "converted": converted,
-        "unused": len(unused),
+        "same_weights": not merged and dtypes == {config.dtype},
         "norm_stats": statistics,
     }
 
@@ -211,8 +224,7 @@ def export(
                 "norm_stats": statistics,
                 "dtype": written["dtype"],
             }
-            same = not written["merged"] and not written["converted"]
-            record, actions = prove(folder.absolute(), told, examples + made, same)
+            record, actions = prove(folder.absolute(), told, examples + made, written["same_weights"])
         shown = [
             Example(
                 Image.fromarray(np.concatenate(example.images, axis=1)),

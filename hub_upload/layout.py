@@ -47,6 +47,27 @@ def is_unused(model, released: str) -> bool:
     return any(re.search(pattern, released) for pattern in model._keys_to_ignore_on_load_unexpected)
 
 
+def never_read(config, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what released files have and no policy reads: last block, final norm and pooling head of each tower.
+
+    Args:
+        shapes: of the tensors that are read, by released name.
+    """
+    found = {}
+    for name, tower in zip(("featurizer", "fused_featurizer"), config.vision_towers):
+        prefix, dim, hidden = f"vision_backbone.{name}.", tower.embed_dim, int(tower.embed_dim * tower.mlp_ratio)
+        first, last = f"{prefix}blocks.0.", f"{prefix}blocks.{tower.depth - 1}."
+        found |= {key.replace(first, last): shape for key, shape in shapes.items() if key.startswith(first)}
+        found |= {f"{prefix}norm.weight": (dim,), f"{prefix}norm.bias": (dim,)}
+        if tower.global_pool == "map":
+            found |= {f"{prefix}attn_pool.latent": (1, 1, dim), f"{prefix}attn_pool.norm.weight": (dim,)}
+            found |= {f"{prefix}attn_pool.norm.bias": (dim,)}
+            linear = {"q": (dim, dim), "kv": (2 * dim, dim), "proj": (dim, dim)}
+            for layer, shape in (linear | {"mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}).items():
+                found |= {f"{prefix}attn_pool.{layer}.weight": shape, f"{prefix}attn_pool.{layer}.bias": shape[:1]}
+    return found
+
+
 def check_weights(model, infos: dict[str, TensorInfo], source) -> list[str]:
     """Accounts for every tensor, under released names. Returns those that no policy ever reads (`is_unused`).
 

@@ -233,6 +233,25 @@ def test_nested_names_become_the_released_ones(checkpoint, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_what_fine_tuning_drops_is_filled_in(run, checkpoint, tmp_path):
+    export.main([str(run / "merged"), str(tmp_path / "out"), "--no-proof"])
+    kept, base, after = weights(run / "merged"), weights(checkpoint), weights(tmp_path / "out")
+    assert {name: tensor.shape for name, tensor in after.items()} == {name: t.shape for name, t in base.items()}
+    for name, tensor in after.items():
+        assert torch.equal(tensor, kept[name]) if name in kept else not tensor.any(), name
+
+
+def test_an_adapter_without_statistics(run, checkpoint, tmp_path, caplog):
+    shutil.copytree(run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "dataset_statistics.json").unlink()
+    shutil.copytree(checkpoint, tmp_path / "base")
+    toy = {"toy": json.loads((checkpoint / "dataset_statistics.json").read_text())["toy_robot"]}
+    (tmp_path / "base" / "dataset_statistics.json").write_text(json.dumps(toy))
+    export.main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--no-proof", "--base", f"{tmp_path}/base"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["norm_stats"] == toy
+    assert "exporting those of its base, for ['toy']" in caplog.text
+
+
 def test_where_a_run_keeps_its_policy(run, tmp_path):
     assert export.find_source(str(run)).weights == run / "merged"
     found = export.find_source(str(run / "adapter"))
