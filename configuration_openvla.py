@@ -7,6 +7,8 @@ openvla-7b spells out what differs. The same goes for `text_config`: released fi
 version is installed (`rms_norm_eps` 1e-6 although Llama-2 was trained with 1e-5: the released policies act with it).
 """
 
+import json
+import os
 from dataclasses import dataclass, fields, replace
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
@@ -335,6 +337,20 @@ class OpenVLAConfig(PretrainedConfig):
         """Writes `config.json` with the complete `auto_map`, whatever code the configuration was loaded from."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
+        path = os.path.join(save_directory, "config.json")
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        rope = content["text_config"].get("rope_parameters")
+        if rope is None:
+            return
+        # 5.x keeps rotary settings under a name that 4.57 does not know: it would fall back to others, silently.
+        flat = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if rope.get("rope_type", "default") != "default":
+            flat["rope_scaling"] = {name: value for name, value in rope.items() if name not in flat}
+        content["text_config"] |= flat
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        os.replace(path + ".tmp", path)
 
 
 def _tower_from_timm_args(timm_id: str, args: dict) -> VisionTowerConfig:

@@ -19,6 +19,7 @@ import glob
 import json
 import logging
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -56,6 +57,13 @@ if not _TRANSFORMERS_4:
     register_checkpoint_conversion_mapping(
         "openvla", [WeightRenaming(source, target) for source, target in CHECKPOINT_RENAMES.items()], overwrite=True
     )
+
+
+def module_name(released: str) -> str:
+    """Where the tensor of a released name lives in the model."""
+    for pattern, target in CHECKPOINT_RENAMES.items():
+        released = re.sub(pattern, target, released)
+    return released
 
 
 @dataclass

@@ -22,19 +22,30 @@ PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "checkpoints/*.pt"]
 REPORT = "conversion.json"
 
 
-def convert_folder(source: Path, folder: Path) -> dict:
+def convert_folder(source: Path, folder: Path, center_crop_area: float | None = None) -> dict:
     """A folder in HF layout: weights and their index byte by byte, everything else for today's transformers."""
     from openvla.configuration_openvla import OpenVLAConfig
-    from openvla.hub_upload.layout import check_weights, copy_extras, read_statistics, skeleton, write_companions
+    from openvla.hub_upload.layout import (
+        check_weights,
+        copy_extras,
+        read_statistics,
+        refuse_foreign,
+        skeleton,
+        write_companions,
+    )
     from openvla.hub_upload.weights import INDEX, SafetensorsFolder
     from openvla.processing_openvla import OpenVLAProcessor
 
+    refuse_foreign(source)
     config = OpenVLAConfig.from_pretrained(source)
     weights = SafetensorsFolder(source)
     unused = check_weights(skeleton(config), weights.infos, source)
     for path in [file.file for file in weights.files] + [source / INDEX] * (source / INDEX).exists():
         shutil.copyfile(path, folder / path.name)
-    write_companions(folder, config, OpenVLAProcessor.from_pretrained(source), read_statistics(source, config))
+    processor = OpenVLAProcessor.from_pretrained(source)
+    if center_crop_area is not None:
+        processor.image_processor.center_crop_area = center_crop_area
+    write_companions(folder, config, processor, read_statistics(source, config))
     copy_extras(source, folder)
     return {"renamed": {}, "dropped": {}, "unused": unused, "tensors": len(weights.infos)}
 
@@ -47,6 +58,7 @@ def convert_run(
     base_config: str | None = None,
     towers: list[str] | None = None,
     max_shard_size: int = 5 * 10**9,
+    center_crop_area: float | None = None,
 ) -> dict:
     """A training run of the original, or a base VLM: one tensor after the other, renamed and converted to `dtype`.
 
@@ -54,6 +66,7 @@ def convert_run(
         tokenizer: folder or Hub id with the language model's tokenizer.json; None: the config's `hf_llm_id`.
         base_config: config.json of the base VLM, if the run's own does not tell enough.
         towers: safetensors of timm, in the order of the config, if the `.pt` holds none.
+        center_crop_area: None: 0.9 if the run was trained with random crops (`image_aug`).
 
     Raises ValueError unless every tensor has a place and every place a tensor.
     """
@@ -98,12 +111,18 @@ def convert_run(
     statistics = None
     if (run / "dataset_statistics.json").exists():
         statistics = json.loads((run / "dataset_statistics.json").read_text())
+    told = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
+    if "vla" in told and statistics is None:
+        raise FileNotFoundError(f"{run / 'dataset_statistics.json'} is missing: without it, actions have no units.")
+    image_processor = image_processor_for(config)
+    image_processor.center_crop_area = center_crop_area or (0.9 if told.get("image_aug") else None)
     processor = OpenVLAProcessor(
-        image_processor_for(config),
+        image_processor,
         tokenizer_for(config, tokenizer or config.hf_llm_id),
         prompt_template=config.prompt_template,
         prompt_end_token_id=config.prompt_end_token_id,
-        num_patches=config.num_image_tokens,
+        num_patches=config.num_image_tokens // config.num_cameras,
+        num_cameras=config.num_cameras,
         image_token_id=config.image_token_id,
     )
 
@@ -115,13 +134,17 @@ def convert_run(
     return {"renamed": renamed, "dropped": dropped, "unused": unused, "tensors": len(infos)}
 
 
-def tell(report: dict, out: Path, statistics: bool) -> str:
+def tell(report: dict, out: Path, statistics: bool, center_crop_area: float | None) -> str:
     """The report in a few lines; the whole of it lies in the folder."""
     lines = [f"{report['tensors']} tensors, {len(report['renamed'])} of them renamed"]
     if report["unused"]:
         lines.append(f"{len(report['unused'])} of them never read by a policy, kept for older tools")
     lines += [f"dropped: {count} {reason}" for reason, count in Counter(report["dropped"].values()).items()]
     lines.append(f"every tensor: {out / REPORT}")
+    advice = (
+        "" if center_crop_area else "; policies trained with random crops, as all LIBERO ones: --center-crop-area 0.9"
+    )
+    lines.append(f"centre crop: {center_crop_area or 'none'}{advice}")
     nothing = "no statistics: fine-tune it before it can act"
     lines.append(f"{out} is ready: " + (f"openvla doctor {out}" if statistics else nothing))
     return "\n".join(lines)
@@ -129,16 +152,17 @@ def tell(report: dict, out: Path, statistics: bool) -> str:
 
 def main(argv: list[str]) -> None:
     parser = command_parser("convert", __doc__)
-    parser.add_argument("source", metavar="PATH_OR_ID", help="checkpoint of the original: see above")
+    parser.add_argument("source", metavar="PATH_OR_ID", help="checkpoint of the original: see below")
     parser.add_argument("out", metavar="FOLDER", help="new folder")
     parser.add_argument("--revision", help="branch, tag or commit, if the source is on the Hub")
     parser.add_argument("--tokenizer", metavar="PATH_OR_ID", help="where tokenizer.json of the language model is")
     parser.add_argument("--base-config", metavar="FILE", help="config.json of the run's base VLM")
     parser.add_argument("--towers", nargs="+", metavar="FILE", help="timm's weights, if the .pt holds none")
     parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights of a .pt"
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights of a .pt; default: bfloat16"
     )
-    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of the weights of a .pt")
+    parser.add_argument("--max-shard-size", type=float, metavar="GB", help="of the weights of a .pt; default: 5")
+    parser.add_argument("--center-crop-area", type=float, metavar="SHARE", help="0.9 for policies trained with crops")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
     args = parser.parse_args(argv)
 
@@ -146,17 +170,20 @@ def main(argv: list[str]) -> None:
     from openvla.hub_upload.prismatic import is_run
 
     source, out = fetch(args.source, PATTERNS, args.revision), Path(args.out).expanduser()
-    with new_folder(out, args.overwrite) as folder:
+    with new_folder(out, args.overwrite, (source,)) as folder:
         if is_run(source):
-            size = int(args.max_shard_size * 10**9)
-            report = convert_run(source, folder, args.dtype, args.tokenizer, args.base_config, args.towers, size)
-        elif args.tokenizer or args.base_config or args.towers:
+            size = int((args.max_shard_size or 5) * 10**9)
+            options = (args.dtype or "bfloat16", args.tokenizer, args.base_config, args.towers, size)
+            report = convert_run(source, folder, *options, args.center_crop_area)
+        elif any((args.tokenizer, args.base_config, args.towers, args.dtype, args.max_shard_size)):
             raise ValueError(
-                f"{source} is in HF layout already: --tokenizer, --base-config and --towers are for .pt files."
+                f"{source} is in HF layout already, and its weights stay as they are: --tokenizer, --base-config, "
+                "--towers, --dtype and --max-shard-size are for .pt files."
             )
         else:
-            report = convert_folder(source, folder)
+            report = convert_folder(source, folder, args.center_crop_area)
         report = {"source": args.source, **report}
         (folder / REPORT).write_text(json.dumps(report, indent=2))
         statistics = (folder / "dataset_statistics.json").exists()
-    print(tell(report, out, statistics))
+        crop = json.loads((folder / "preprocessor_config.json").read_text()).get("center_crop_area")
+    print(tell(report, out, statistics, crop))

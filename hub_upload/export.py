@@ -11,14 +11,11 @@ source does, the folder gets its name, and `openvla upload` accepts it. Pictures
 """
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from openvla.cli import command_parser
-
-logger = logging.getLogger(__name__)
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 # For Inference Endpoints, whose toolkit (huggingface-inference-toolkit 0.5.6) cannot be imported with transformers 5.
@@ -35,6 +32,7 @@ class Source:
         processor: folder whose processor the policy uses.
         run: folder of the fine-tuning run it came from, or None.
         base_model: what it was made from, as adapter or run name it; None: unknown.
+        statistics: file with the statistics to publish, if the user names one.
     """
 
     weights: Path
@@ -42,6 +40,10 @@ class Source:
     processor: Path
     run: Path | None
     base_model: str | None
+    statistics: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.adapter}, merged into {self.weights}" if self.adapter else str(self.weights)
 
 
 def find_source(place: str, base: str | None = None, revision: str | None = None) -> Source:
@@ -64,22 +66,51 @@ def find_source(place: str, base: str | None = None, revision: str | None = None
         if base:
             raise ValueError(f"{folder} is no adapter: leave --base out.")
         return Source(folder, None, folder, run, facts.get("model"))
-    named = base or json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    told = json.loads((folder / "adapter_config.json").read_text())
+    named = base or told.get("base_model_name_or_path")
     try:
-        weights = fetch(named, PATTERNS)
+        weights = fetch(str(named), PATTERNS, None if base else told.get("revision"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The adapter's base is not there: {error} Pass --base.") from error
     own = (folder / "preprocessor_config.json").exists()
     return Source(weights, folder, folder if own else weights, run, named)
 
 
-def write_policy(source: Source, folder: Path, dtype: str | None = None, max_shard_size: int = 5 * 10**9) -> dict:
-    """Weights, code and everything a policy acts with. Returns {"dtype", "same_weights", "norm_stats"}.
+def statistics_of(source: Source, config) -> dict:
+    """What the policy's actions mean. An adapter's own, or its run's: those of its base are another robot's."""
+    from openvla.hub_upload.layout import read_statistics
+
+    if source.statistics is not None:
+        return json.loads(source.statistics.read_text(encoding="utf-8"))
+    if source.adapter is None:
+        found = read_statistics(source.weights, config)
+    elif (source.adapter / "dataset_statistics.json").exists():
+        found = json.loads((source.adapter / "dataset_statistics.json").read_text(encoding="utf-8"))
+    else:
+        found = json.loads((source.run / "run.json").read_text()).get("norm_stats") if source.run else None
+    if not found:
+        raise ValueError(
+            f"{source.adapter or source.weights} brings no action statistics: pass the dataset_statistics.json of its "
+            "training with --statistics, or fine-tune it before you publish it."
+        )
+    return found
+
+
+def write_policy(
+    source: Source,
+    folder: Path,
+    statistics: dict,
+    dtype: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    center_crop_area: float | None = None,
+) -> dict:
+    """Weights, code and everything a policy acts with. Returns {"dtype", "same_weights"}.
 
     What no policy ever reads is written as well, as the source has it or as zeros: other implementations insist.
 
     Args:
         dtype: of the written weights; None: as they are. An adapter is merged in this precision.
+        center_crop_area: for policies trained with random crops whose processor does not say so.
     """
     import torch
 
@@ -87,30 +118,19 @@ def write_policy(source: Source, folder: Path, dtype: str | None = None, max_sha
     from openvla.hub_upload.layout import (
         check_weights,
         copy_extras,
-        module_name,
         never_read,
-        read_statistics,
         released_names,
         skeleton,
         write_companions,
     )
     from openvla.hub_upload.weights import SafetensorsFolder, TensorInfo, write_shards
+    from openvla.modeling_openvla import module_name
     from openvla.processing_openvla import OpenVLAProcessor
 
     # 1. What there is
     config = OpenVLAConfig.from_pretrained(source.weights)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{source.weights} is quantised: export the checkpoint it was made from.")
-    own = source.adapter is not None and (source.adapter / "dataset_statistics.json").exists()
-    statistics = read_statistics(source.adapter if own else source.weights, config)
-    if source.adapter is not None and not own:
-        logger.warning(
-            "%s brings no dataset_statistics.json: exporting those of its base, for %s.",
-            source.adapter,
-            sorted(statistics or {}),
-        )
-    if not statistics:
-        raise ValueError(f"{source.weights} has no action statistics: fine-tune it before you publish it.")
     weights, model = SafetensorsFolder(source.weights), skeleton(config)
     released = {new: old for old, new in released_names(model, weights.infos).items()}
     found = {new: weights.infos[old] for new, old in released.items()}
@@ -138,7 +158,10 @@ def write_policy(source: Source, folder: Path, dtype: str | None = None, max_sha
     write_shards(folder, infos, read, max_shard_size)
 
     # 3. The rest
-    write_companions(folder, config, OpenVLAProcessor.from_pretrained(source.processor), statistics)
+    processor = OpenVLAProcessor.from_pretrained(source.processor)
+    if center_crop_area is not None:
+        processor.image_processor.center_crop_area = center_crop_area
+    write_companions(folder, config, processor, statistics)
     copy_extras(source.weights, folder)
     shutil.copyfile(Path(__file__).parent.parent / "serve" / "handler.py", folder / "handler.py")
     (folder / "requirements.txt").write_text(REQUIREMENTS)
@@ -146,7 +169,7 @@ def write_policy(source: Source, folder: Path, dtype: str | None = None, max_sha
     return {
         "dtype": str(config.dtype).removeprefix("torch."),
         "same_weights": not merged and dtypes == {config.dtype},
-        "norm_stats": statistics,
+        "center_crop_area": processor.image_processor.center_crop_area,
     }
 
 
@@ -166,8 +189,19 @@ def scenes(unnorm_key: str, num_cameras: int, count: int) -> list:
     return made
 
 
-def steps_of(place: str, name: str | None, unnorm_key: str | None, num_cameras: int, count: int = 2) -> list:
-    """A step of each of a dataset's first episodes, a third of the way in, where most arms are under way."""
+def steps_of(
+    place: str,
+    name: str | None,
+    unnorm_key: str | None,
+    num_cameras: int,
+    cameras: list[str] | None = None,
+    count: int = 2,
+) -> list:
+    """A step of each of a dataset's first episodes, a third of the way in, where most arms are under way.
+
+    Args:
+        cameras: those the policy was trained on, in its order; None: the dataset's first ones.
+    """
     from openvla.finetune.readers import open_reader
     from openvla.hub_upload.proof import Observation
 
@@ -176,7 +210,7 @@ def steps_of(place: str, name: str | None, unnorm_key: str | None, num_cameras: 
     for index in range(min(count, len(reader))):
         episode = reader.read(index)
         time = len(episode) // 3
-        images = [episode.image(camera, time) for camera in reader.cameras[:num_cameras]]
+        images = [episode.image(camera, time) for camera in cameras or reader.cameras[:num_cameras]]
         chosen.append(Observation(images, episode.instructions[time], unnorm_key or reader.name))
     return chosen
 
@@ -190,6 +224,7 @@ def export(
     max_shard_size: int = 5 * 10**9,
     overwrite: bool = False,
     proof: bool = True,
+    center_crop_area: float | None = None,
 ) -> dict:
     """Writes and proves the folder `out`. It gets its name only when all is well.
 
@@ -201,30 +236,42 @@ def export(
     Returns the record of the proof (empty without one).
     """
     import numpy as np
+    import torch
+    import transformers
     from PIL import Image
 
     from openvla.action_tokenizer import resolve_unnorm_key
-    from openvla.hub_upload.layout import new_folder
+    from openvla.configuration_openvla import OpenVLAConfig
+    from openvla.hub_upload.layout import new_folder, refuse_foreign
     from openvla.hub_upload.model_card import Example, validate_card, write_card
     from openvla.hub_upload.proof import prove, write_proof
 
-    with new_folder(out, overwrite) as folder:
-        written = write_policy(source, folder, dtype, max_shard_size)
-        statistics = written["norm_stats"]
-        for example in examples:
-            example.unnorm_key = resolve_unnorm_key(statistics, example.unnorm_key)
+    # 1. What can be refused is refused before anything is written
+    refuse_foreign(source.weights)
+    config = OpenVLAConfig.from_pretrained(source.weights)
+    statistics = statistics_of(source, config)
+    for example in examples:
+        example.unnorm_key = resolve_unnorm_key(statistics, example.unnorm_key)
+        if len(example.images) != config.num_cameras:
+            raise ValueError(f"The policy takes {config.num_cameras} image(s), the example has {len(example.images)}.")
+
+    # 2. Write, try, describe
+    sources = {source.weights, source.processor, source.adapter or source.weights}
+    with new_folder(out, overwrite, tuple(sources)) as folder:
+        written = write_policy(source, folder, statistics, dtype, max_shard_size, center_crop_area)
         record, actions = {}, []
         if proof:
-            cameras = json.loads((folder / "config.json").read_text()).get("num_cameras", 1)
-            made = scenes(sorted(statistics)[0], cameras, 1 if examples else 2)
+            made = scenes(sorted(statistics)[0], config.num_cameras, 1 if examples else 2)
             told = {
                 "folder": str(source.weights.absolute()),
                 "adapter": source.adapter and str(source.adapter.absolute()),
                 "processor": str(source.processor.absolute()),
                 "norm_stats": statistics,
                 "dtype": written["dtype"],
+                "center_crop_area": center_crop_area,
             }
             record, actions = prove(folder.absolute(), told, examples + made, written["same_weights"])
+            record |= {"torch": torch.__version__, "transformers": transformers.__version__}
         shown = [
             Example(
                 Image.fromarray(np.concatenate(example.images, axis=1)),
@@ -238,6 +285,10 @@ def export(
         validate_card(folder / "README.md")
         if proof:
             write_proof(folder, record)
+    crop = written["center_crop_area"]
+    print(f"exported {source}: {written['dtype']}, statistics of {', '.join(sorted(statistics))}")
+    advice = "" if crop else "; policies trained with random crops, as all LIBERO ones: --center-crop-area 0.9"
+    print(f"centre crop: {crop or 'none'}{advice}")
     return record
 
 
@@ -248,7 +299,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--base", metavar="PATH_OR_ID", help="of an adapter, if not the one it names")
     parser.add_argument("--revision", help="branch, tag or commit, if the source is on the Hub")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as the weights are")
-    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="of the files of weights")
+    parser.add_argument(
+        "--statistics", type=Path, metavar="FILE", help="dataset_statistics.json, if the source has none"
+    )
+    parser.add_argument("--center-crop-area", type=float, metavar="SHARE", help="0.9 for policies trained with crops")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
     parser.add_argument("--no-proof", action="store_true", help="do not try the policy; it cannot be uploaded then")
     card = parser.add_argument_group("what the model card shows")
@@ -278,14 +333,15 @@ def main(argv: list[str]) -> None:
     from openvla.processing_openvla import to_pil
 
     source, out = find_source(args.source, args.base, args.revision), Path(args.out).expanduser()
+    source.statistics = args.statistics
+    training, history = read_run(source.run) if source.run else ({}, [])
     cameras = OpenVLAConfig.from_pretrained(source.weights).num_cameras
     examples = []
     if args.image:
         images = [np.asarray(to_pil(image)) for image in args.image]
         examples = [Observation(images, args.instruction, args.unnorm_key)]
     elif args.data:
-        examples = steps_of(args.data, args.name, args.unnorm_key, cameras)
-    training, history = read_run(source.run) if source.run else ({}, [])
+        examples = steps_of(args.data, args.name, args.unnorm_key, cameras, training.get("cameras"))
     facts = CardFacts(
         repo_id=args.repo_id,
         base_model=args.base_model or source.base_model,
@@ -296,7 +352,9 @@ def main(argv: list[str]) -> None:
         history=history,
     )
     size = int(args.max_shard_size * 10**9)
-    record = export(source, out, examples, facts, args.dtype, size, args.overwrite, not args.no_proof)
+    facts.check()
+    options = (args.dtype, size, args.overwrite, not args.no_proof, args.center_crop_area)
+    record = export(source, out, examples, facts, *options)
     if not examples:
         print("The card shows no example: --image and --instruction, or --data, would put one on it.")
     if record:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from openvla.hub_upload.weights import TensorInfo
-from openvla.modeling_openvla import CHECKPOINT_RENAMES, OpenVLAForActionPrediction
+from openvla.modeling_openvla import OpenVLAForActionPrediction, _refuse_oft
 
 PACKAGE = Path(__file__).parent.parent
 HUB_FILES = (
@@ -33,13 +34,6 @@ def skeleton(config):
 def released_names(model, names) -> dict[str, str]:
     """`{name: name in released files}`: nested names, as some tools save them, become the released ones."""
     return {old: new for new, old in model._fix_state_dict_keys_on_save({name: name for name in names}).items()}
-
-
-def module_name(released: str) -> str:
-    """Where the tensor of a released name lives in the model."""
-    for pattern, target in CHECKPOINT_RENAMES.items():
-        released = re.sub(pattern, target, released)
-    return released
 
 
 def is_unused(model, released: str) -> bool:
@@ -101,6 +95,7 @@ def write_companions(folder: Path, config, processor, statistics: dict | None) -
     and, for older tools, dataset_statistics.json."""
     folder = Path(folder)
     config.norm_stats = statistics
+    config.text_config.dtype = config.dtype  # 4.57 would build the language model in that of the source
     config.architectures = ["OpenVLAForActionPrediction"]
     config.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -110,6 +105,13 @@ def write_companions(folder: Path, config, processor, statistics: dict | None) -
     GenerationConfig(**ids, pad_token_id=config.pad_token_id).save_pretrained(folder)
     if statistics is not None:
         (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=2))
+
+
+def refuse_foreign(source: Path) -> None:
+    """Raises for folders that are no checkpoint in HF layout, or hold a policy that acts in another way."""
+    if not (Path(source) / "config.json").is_file():
+        raise FileNotFoundError(f"{source} has no config.json: expected a checkpoint, or a run of openvla finetune.")
+    _refuse_oft(str(source), {})
 
 
 def read_statistics(source: Path, config) -> dict | None:
@@ -126,21 +128,38 @@ def copy_extras(source: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder under a temporary name that gets its own once everything is in it; removed if anything goes wrong."""
+def new_folder(out: Path, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """A folder under a temporary name that gets its own once everything is in it; removed if anything goes wrong.
+
+    Args:
+        overwrite: replace `out` if it is empty or a policy's folder; anything else is never deleted.
+
+    Raises ValueError if `out` would replace one of the `sources`, or lie in one.
+    """
     out = Path(out).expanduser()
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: choose another folder, or pass --overwrite.")
-    scratch = out.absolute().parent / f".{out.name}.incomplete"
-    shutil.rmtree(scratch, ignore_errors=True)
+    for source in (path.resolve() for path in sources):
+        if out.resolve() in (source, *source.parents) or source in out.resolve().parents:
+            raise ValueError(f"{out} and its source {source} overlap: choose another folder.")
+    if out.exists() or out.is_symlink():
+        if not overwrite:
+            raise FileExistsError(f"{out} exists: choose another folder, or pass --overwrite.")
+        a_policy = out.is_dir() and (out / "config.json").exists() and (out / "modeling_openvla.py").exists()
+        if out.is_symlink() or not out.is_dir() or (any(out.iterdir()) and not a_policy):
+            raise FileExistsError(
+                f"{out} holds something else than a policy, and is not overwritten: remove it first."
+            )
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".incomplete", dir=out.absolute().parent))
     temporary = scratch / out.name  # its last part, so that what is written about the folder calls it by its name
-    temporary.mkdir(parents=True)
+    temporary.mkdir()
     try:
         yield temporary
         if out.exists():
             os.replace(out, scratch / "replaced")
         os.replace(temporary, out)
     finally:
+        if (scratch / "replaced").exists() and not out.exists():
+            os.replace(scratch / "replaced", out)
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from openvla.hub_upload.layout import is_unused, module_name
+from openvla.hub_upload.layout import is_unused
 from openvla.hub_upload.weights import SafetensorsFile
+from openvla.modeling_openvla import module_name
 
 _PREFIX = "base_model.model."
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")
@@ -38,7 +40,10 @@ class Adapter:
                 "Merge it with peft's merge_and_unload instead."
             )
         self.model = model
-        self.source = SafetensorsFile(Path(folder) / "adapter_model.safetensors")
+        file = Path(folder) / "adapter_model.safetensors"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing; adapters in other files (.bin) are not read.")
+        self.source = SafetensorsFile(file)
         self.layers: dict[str, dict[str, str]] = {}  # module -> {name within the module: name in the file}
         self.replaced: dict[str, str] = {}  # parameter -> name in the file, of modules trained as a whole
         self.unused: list[str] = []
@@ -59,6 +64,22 @@ class Adapter:
                 unknown.append(key)
         if unknown:
             raise ValueError(f"{folder} is made for another model: {len(unknown)} tensors such as {unknown[0]}.")
+        if missing := self._missing(modules, parameters):
+            raise ValueError(
+                f"{folder} is not whole: its adapter_config.json names {len(missing)} modules that it has no weights "
+                f"of, such as {missing[0]}."
+            )
+
+    def _missing(self, modules: set[str], parameters: set[str]) -> list[str]:
+        """Modules that the adapter's configuration names and its file lacks."""
+        whole = {f".{name}" for name in self.config.modules_to_save or ()}
+        wanted = {name for name in parameters if f".{name}".rpartition(".")[0].endswith(tuple(whole) or "/")}
+        missing = sorted(wanted - set(self.replaced))
+        if self.config.target_modules != "all-linear":
+            # peft answers with a match object or True
+            targets = {name for name in modules if name and check_target_module_exists(self.config, name)}
+            missing += sorted(targets - set(self.layers))
+        return missing or ([] if self.layers or self.replaced else ["any"])
 
     def merge(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The weight `name` (as modules are named) after merging, in its own dtype and shape."""

@@ -41,12 +41,12 @@ NAMES = {
     "llm_backbone.llm.": "language_model.",
 }
 COMPUTED = r"rotary_emb\.inv_freq$"  # old versions of transformers saved it
-# Mean and standard deviation of the pixels each tower was trained with, by the beginning of its timm id.
+# Mean and standard deviation of the pixels each tower was trained with, by what its timm id contains.
 PIXEL_STATISTICS = {
-    "vit_large_patch14_reg4_dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "vit_so400m_patch14_siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "vit_large_patch14_clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "vit_large_patch16_224.augreg": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ".openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    ".augreg": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
 
@@ -176,11 +176,10 @@ def image_processor_for(config: OpenVLAConfig) -> OpenVLAImageProcessor:
     """
     chosen = []
     for timm_id in config.timm_model_ids:
-        kind = next((start for start in PIXEL_STATISTICS if timm_id.startswith(start)), None)
-        if kind is None:  # sizes of its own: only DINOv2 has register tokens
-            registers = config.timm_model_args[timm_id].get("reg_tokens")
-            kind = "vit_large_patch14_reg4_dinov2" if registers else "vit_so400m_patch14_siglip"
-        chosen.append(PIXEL_STATISTICS[kind])
+        known = [values for kind, values in PIXEL_STATISTICS.items() if kind in timm_id]
+        if len(known) != 1:
+            raise ValueError(f"How pixels are normalised for tower {timm_id!r} is not known to this converter.")
+        chosen.append(known[0])
     rounded = [[torch.tensor(values, dtype=torch.bfloat16).tolist() for values in pair] for pair in chosen]
     sides = config.image_sizes
     return OpenVLAImageProcessor(
@@ -223,5 +222,11 @@ def tokenizer_for(config: OpenVLAConfig, source: str) -> PreTrainedTokenizerFast
         raise ValueError(
             f"With the tokenizer of {source}, <PAD> gets the id {tokenizer.pad_token_id}, the policy has "
             f"{config.pad_token_id}: expected the tokenizer of {config.hf_llm_id}."
+        )
+    end = config.prompt_end_token_id
+    if end is not None and tokenizer.convert_ids_to_tokens(end) != "▁":
+        raise ValueError(
+            f"In the tokenizer of {source}, {end} is {tokenizer.convert_ids_to_tokens(end)!r} and not '▁', which ends "
+            f"every prompt: expected the tokenizer of {config.hf_llm_id}."
         )
     return tokenizer

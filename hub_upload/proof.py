@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 
 PROOF = ".proof.json"  # stays on this machine
-# Largest difference of logits, as a share of their range: none but for the rounding of merged or converted weights.
+# Largest difference of logits, as a share of their range: none but for the rounding of converted weights.
 TOLERANCE = {"same weights": 1e-5, "torch.float32": 1e-3, "torch.float16": 2e-2, "torch.bfloat16": 5e-2}
+# How close two tokens must be for the source, as a share of the range, for the other one to be taken after rounding.
+CLOSE = {"torch.float32": 1e-4, "torch.float16": 2e-2, "torch.bfloat16": 2e-2}
+SHARE_OF_ADAPTER = 0.1  # largest difference as a share of what the adapter itself changes
 
 
 @dataclass
@@ -30,10 +33,11 @@ class ProofError(RuntimeError):
 
 
 def prove(folder: Path, source: dict, observations: list[Observation], same_weights: bool) -> tuple[dict, list]:
-    """Loads `folder` without this package and its source with it, each in a fresh process, and compares.
+    """Loads the source with this package and `folder` without it, each in a fresh process, and compares.
 
     Args:
-        source: for `trial.load_as_the_package`: {"folder", "adapter", "processor", "norm_stats", "dtype"}.
+        source: for `trial.load_as_the_package`: {"folder", "adapter", "processor", "norm_stats", "dtype",
+            "center_crop_area"}.
         same_weights: nothing was merged or converted, so tokens and actions must be the same.
 
     Returns (record of what was compared, the action of each observation in physical units). Raises ProofError.
@@ -47,69 +51,80 @@ def prove(folder: Path, source: dict, observations: list[Observation], same_weig
             told.append(
                 {"images": files, "instruction": observation.instruction, "unnorm_key": observation.unnorm_key}
             )
-        stranger = _try({"folder": str(folder), "as_the_package": False}, told, scratch)
-        source = _try({**source, "as_the_package": True}, told, scratch)
-    record = compare(source, stranger, len(told), same_weights)
-    return record, [stranger[f"action.{number}"] for number in range(len(told))]
+        before = _try({**source, "as_the_package": True}, told, scratch)
+        for number, observation in enumerate(told):
+            observation["tokens"] = before[f"tokens.{number}"].tolist()
+        after = _try({"folder": str(folder), "as_the_package": False}, told, scratch)
+    record = compare(before, after, len(told), same_weights)
+    return record, [after[f"action.{number}"] for number in range(len(told))]
 
 
-def compare(source: dict, stranger: dict, count: int, same_weights: bool) -> dict:
-    """The record of two trials of the same `count` observations. Raises ProofError if they differ by more than the
-    rounding of weights explains, or if images make no difference."""
-    dtype = str(stranger["dtype"])
-    differences, equal, tokens, actions = [], 0, 0, []
+def compare(before: dict, after: dict, count: int, same_weights: bool) -> dict:
+    """The record of two trials of the same `count` observations, of the source and of the exported folder.
+
+    Raises ProofError if statistics differ; if logits differ by more than rounding explains, or by more than a tenth
+    of what an adapter changes; if another token is chosen where the source did not see the two close together; or if
+    one of the images makes no difference.
+    """
+    if json.loads(str(before["norm_stats"])) != json.loads(str(after["norm_stats"])):
+        raise ProofError("The exported policy's statistics are not its source's.")
+    start, end = before["actions"]
+    dtype, worst, share, equal, tokens, actions = str(after["dtype"]), 0.0, 0.0, 0, 0, 0.0
     for number in range(count):
-        logits = source[f"logits.{number}"]
-        difference = np.abs(stranger[f"logits.{number}"] - logits).max() / np.ptp(logits)
-        differences.append(float(difference))
-        equal += int((source[f"tokens.{number}"] == stranger[f"tokens.{number}"]).sum())
-        tokens += source[f"tokens.{number}"].size
-        actions.append(float(np.abs(source[f"action.{number}"] - stranger[f"action.{number}"]).max()))
-        if np.array_equal(stranger[f"blind.{number}"], stranger[f"logits.{number}"]):
-            raise ProofError("The image makes no difference to what the exported policy does.")
-    worst, allowed = max(differences), TOLERANCE["same weights" if same_weights else dtype]
-    if not worst <= allowed:
+        logits, found = before[f"logits.{number}"], after[f"logits.{number}"]
+        if any(not np.isfinite(values).all() for values in (logits, found)):
+            raise ProofError("The logits are not finite.")
+        difference = np.abs(found - logits)
+        worst = max(worst, float(difference.max() / np.ptp(logits)))
+        if f"plain.{number}" in before:
+            effect = np.abs(logits - before[f"plain.{number}"]).max()
+            share = max(share, float(difference.max() / effect) if effect > 0 else np.inf)
+
+        chosen, other = (values[:, start:end].argmax(axis=1) + start for values in (logits, found))
+        rows = np.arange(len(logits))
+        if (logits[rows, chosen] - logits[rows, other] > CLOSE[dtype] * np.ptp(logits)).any():
+            raise ProofError("The exported policy chooses other tokens than its source.")
+        tokens += len(chosen)
+        equal += int((chosen == other).sum())
+        actions = max(actions, float(np.abs(before[f"action.{number}"] - after[f"action.{number}"]).max()))
+        blind = [name for name in after if name.startswith(f"blind.{number}.")]
+        for name in blind:
+            if np.array_equal(after[name][0], found[0]):
+                raise ProofError(f"Image {name.rpartition('.')[2]} makes no difference to what the policy does.")
+    allowed = TOLERANCE["same weights" if same_weights else dtype]
+    if worst > allowed:
         raise ProofError(
             f"The exported policy's logits differ from the source's by {worst:.2g} of their range; {allowed:.2g} is "
             "what rounding may do."
         )
-    if same_weights and (equal < tokens or max(actions) > 0):
+    if share > SHARE_OF_ADAPTER:
         raise ProofError(
-            f"Only {equal} of {tokens} action tokens are the source's; largest difference {max(actions)}."
+            f"Merged in {dtype}, the policy differs from the one with its adapter by {share:.2g} of what the adapter "
+            "changes at all: rounding swallows what was learned. Export it with --dtype float32."
         )
-    return {
-        "observations": count,
-        "dtype": dtype,
-        "same_weights": same_weights,
-        "logits_difference": worst,
-        "tokens_equal": f"{equal} of {tokens}",
-        "action_difference": max(actions),
-    }
+    if same_weights and (equal < tokens or actions > 0):
+        raise ProofError(f"Only {equal} of {tokens} action tokens are the source's; largest difference {actions}.")
+    record = {"observations": count, "dtype": dtype, "same_weights": same_weights, "logits_difference": worst}
+    record |= {"tokens_equal": f"{equal} of {tokens}", "action_difference": actions}
+    return record | ({"share_of_adapter": share} if "plain.0" in before else {})
 
 
 def _try(request: dict, observations: list[dict], scratch: str) -> dict:
-    """What `trial` finds, in a process that has not imported anything yet and does not ask the Hub."""
+    """What `trial` finds, in a process that has not imported anything yet and, as a stranger, does not ask the Hub."""
     name = "package" if request["as_the_package"] else "stranger"
-    out = f"{scratch}/{name}.npz"
-    file = Path(scratch) / f"{name}.json"
+    out, file = f"{scratch}/{name}.npz", Path(scratch) / f"{name}.json"
     file.write_text(json.dumps({**request, "observations": observations, "out": out}))
     script = (Path(__file__).parent / "trial.py").read_text()
-    if not request["as_the_package"]:
-        script = "import sys; sys.modules['openvla'] = None\n" + script
     environment = {**os.environ, "HF_MODULES_CACHE": f"{scratch}/modules"}
     if not request["as_the_package"]:
+        script = "import sys; sys.modules['openvla'] = None\n" + script
         environment |= {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(file)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=scratch,
-        check=False,
-    )
+    command = [sys.executable, "-c", script, str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=scratch, check=False)
     if done.returncode != 0:
         who = "The source" if request["as_the_package"] else "The exported folder, loaded without this package,"
-        raise ProofError(f"{who} does not act:\n{done.stderr.strip()[-3000:]}")
+        died = f" (killed by signal {-done.returncode}: out of memory?)" if done.returncode < 0 else ""
+        raise ProofError(f"{who} does not act{died}:\n{done.stderr.strip()[-3000:]}")
     with np.load(out) as content:
         return dict(content)
 

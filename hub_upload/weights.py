@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch gives it no public name; its own tutorials use this
 
 INDEX = "model.safetensors.index.json"
@@ -47,12 +47,17 @@ class SafetensorsFile:
 
     def __init__(self, file: Path):
         self.file = Path(file)
-        with safe_open(self.file, "pt") as content:
-            slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
-            self.infos = {
-                name: TensorInfo(_DTYPES[tensor.get_dtype()], tuple(tensor.get_shape()))
-                for name, tensor in slices.items()
-            }
+        try:
+            with safe_open(self.file, "pt") as content:
+                slices = {name: content.get_slice(name) for name in content.keys()}  # noqa: SIM118 (not a dict)
+                described = {name: (tensor.get_dtype(), tensor.get_shape()) for name, tensor in slices.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{self.file} is no whole safetensors file (a git-LFS pointer?): {error}") from error
+        if unknown := {kind for kind, _ in described.values()} - set(_DTYPES):
+            raise ValueError(
+                f"{self.file} holds tensors of kind {sorted(unknown)}; expected one of {sorted(_DTYPES)}."
+            )
+        self.infos = {name: TensorInfo(_DTYPES[kind], tuple(shape)) for name, (kind, shape) in described.items()}
 
     def read(self, name: str) -> torch.Tensor:
         with safe_open(self.file, "pt") as content:
@@ -66,6 +71,8 @@ class SafetensorsFolder:
         folder = Path(folder)
         weight_map, names = None, ["model.safetensors"]
         if (folder / INDEX).exists():
+            if (folder / names[0]).exists():
+                raise ValueError(f"{folder} holds both {names[0]} and {INDEX}: remove the one that is out of date.")
             weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
             names = list(dict.fromkeys(weight_map.values()))
         if missing := [name for name in names if not (folder / name).is_file()]:
@@ -95,9 +102,10 @@ class TorchFile:
             with FakeTensorMode():
                 content = torch.load(self.file, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{self.file} is no whole file of weights: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{self.file} is no whole file of weights: {reason}") from error
         if not isinstance(content, dict) or not isinstance(content.get(section), dict):
-            found = sorted(content) if isinstance(content, dict) else type(content).__name__
+            found = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
             raise ValueError(f"{self.file} has no section {section!r} with weights in it: it holds {found}.")
         self.others = sorted(set(content) - {section})
         self._tensors = dict(_flatten(content[section], ""))
@@ -107,7 +115,12 @@ class TorchFile:
         described = self._tensors[name]
         storage = described.untyped_storage()
         if getattr(storage, "_checkpoint_offset", None) is None:
-            raise RuntimeError(f"Reading {self.file.name} needs torch 2.7 or newer, this is {torch.__version__}.")
+            raise ValueError(
+                f"{self.file} does not tell where its tensors lie: it needs torch 2.7 or newer (this is "
+                f"{torch.__version__}), and to be no file of torch before 1.6. Load it and torch.save it again."
+            )
+        if described.numel() == 0:
+            return torch.empty(described.shape, dtype=described.dtype)
         content = bytearray(storage.nbytes())
         with open(self.file, "rb") as file:
             file.seek(storage._checkpoint_offset)
@@ -186,6 +199,8 @@ def _write_file(path: Path, infos: dict[str, TensorInfo], read, bar) -> None:
             if tuple(tensor.shape) != infos[name].shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {infos[name].shape}.")
             tensor = tensor.detach().to(device="cpu", dtype=infos[name].dtype).contiguous()
+            if tensor.is_floating_point() and tensor.numel() and not all(v.isfinite() for v in tensor.aminmax()):
+                raise ValueError(f"{name} is not finite as {infos[name].dtype}.")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy())
             bar.update(infos[name].nbytes)
             del tensor

@@ -88,7 +88,9 @@ def _write_old_adapter(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
         updates[f"{name}.weight"] = 0.5 * b @ a  # alpha / r = 2 / 4
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = ["qkv", "proj", "fc1", "fc2", "fc3", "q_proj", "down_proj", "lm_head"]
+    towers = "vision_backbone.featurizer.blocks", "vision_backbone.fused_featurizer.blocks"
+    targets = [f"{towers[0]}.0.attn.qkv", f"{towers[0]}.1.mlp.fc1", f"{towers[1]}.2.attn.proj", "lm_head"]
+    targets += [f"{towers[0]}.3.attn.qkv", "projector.fc2", "layers.1.self_attn.q_proj", "layers.2.mlp.down_proj"]
     config = {"peft_type": "LORA", "r": 4, "lora_alpha": 2, "target_modules": targets, "task_type": None}
     config |= {"base_model_name_or_path": "openvla/openvla-7b", "inference_mode": True, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))

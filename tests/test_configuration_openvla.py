@@ -177,3 +177,14 @@ def test_json_round_trip(arguments, tmp_path):
 def test_what_this_code_cannot_run_is_refused(declared):
     with torch.device("meta"), pytest.raises(ValueError, match="would give wrong actions"):
         OpenVLAForActionPrediction(OpenVLAConfig(**OPENVLA_7B, **declared))
+
+
+def test_rotary_settings_are_written_for_both_lines_of_transformers(tmp_path):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    text_config = {"model_type": "llama", "vocab_size": 32064, "rope_theta": 5e5, "rope_scaling": scaling}
+    OpenVLAConfig(text_config=text_config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert written["rope_theta"] == 5e5 and written["rope_scaling"] == scaling  # what 4.57 reads
+    text = OpenVLAConfig.from_pretrained(tmp_path).text_config
+    read = getattr(text, "rope_parameters", None) or {"rope_theta": text.rope_theta, **text.rope_scaling}
+    assert read == {"rope_theta": 5e5, **scaling}

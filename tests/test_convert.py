@@ -1,6 +1,7 @@
 """What the original's tools wrote comes in, tensor for tensor, and a stranger can load it."""
 
 import json
+import os
 import re
 import shutil
 
@@ -104,6 +105,35 @@ def test_pixel_statistics_are_rounded_as_the_original_converter_does(run, checkp
     assert normalize[0]["mean"] == [0.484375, 0.455078125, 0.40625]  # as in openvla-7b
     assert normalize[0]["std"] == [0.228515625, 0.2236328125, 0.224609375]
     assert normalize[1]["mean"] == normalize[1]["std"] == [0.5, 0.5, 0.5]
+
+
+def test_random_crops_of_the_training_are_remembered(run, checkpoint, tmp_path, capsys):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps({**config, "image_aug": True}))
+    to_hf(run, checkpoint, tmp_path / "out")
+    assert openvla.OpenVLAProcessor.from_pretrained(tmp_path / "out").image_processor.center_crop_area == 0.9
+    assert "centre crop: 0.9" in capsys.readouterr().out
+    (run / "dataset_statistics.json").unlink()
+    with pytest.raises(FileNotFoundError, match="without it, actions have no units"):
+        to_hf(run, checkpoint, tmp_path / "other")
+
+
+def test_the_preprocessor_is_the_released_one(run, checkpoint, tmp_path):
+    to_hf(run, checkpoint, tmp_path / "out")
+    made, released = (json.loads((f / "preprocessor_config.json").read_text()) for f in (tmp_path / "out", checkpoint))
+    for name, value in released.items():
+        if name not in ("auto_map", "processor_class", "image_processor_type", "tvf_normalize_params"):
+            assert made.get(name) == value, name
+
+
+def test_another_tokenizer_of_the_same_size(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    content = json.loads((checkpoint / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["▁"], vocabulary["а"] = vocabulary["а"], vocabulary["▁"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="29871 is 'а' and not '▁'"):
+        to_hf(run, tmp_path / "other", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -283,22 +313,63 @@ def test_a_released_folder_keeps_its_weights_and_gains_code(checkpoint, tmp_path
 def test_nothing_is_overwritten_unasked(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
-    with pytest.raises(FileExistsError, match="--overwrite"):
+    with pytest.raises(FileExistsError, match="or pass --overwrite"):
         convert.main([str(checkpoint), str(tmp_path / "out")])
+    with pytest.raises(FileExistsError, match="something else than a policy"):
+        convert.main([str(checkpoint), str(tmp_path / "out"), "--overwrite"])
     assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    (tmp_path / "out" / "mine.txt").unlink()
+    convert.main([str(checkpoint), str(tmp_path / "out"), "--overwrite"])
+    (tmp_path / "out" / "mine.txt").write_text("of an older policy")
     convert.main([str(checkpoint), str(tmp_path / "out"), "--overwrite"])
     assert not (tmp_path / "out" / "mine.txt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
+def test_an_interrupt_between_the_renames_brings_the_old_folder_back(checkpoint, tmp_path, monkeypatch):
+    convert.main([str(checkpoint), str(tmp_path / "out")])
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    rename, calls = os.replace, []
+
+    def interrupted(old, new):
+        calls.append(new)
+        if str(new) == str(tmp_path / "out") and sum(str(each) == str(new) for each in calls) == 1:
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main([str(checkpoint), str(tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_source_is_never_replaced(checkpoint, tmp_path):
+    source = tmp_path / "models" / "source"
+    shutil.copytree(checkpoint, source)
+    for out in (source, source / "out", source.parent, tmp_path / "link"):
+        if out.name == "link":
+            out.symlink_to(source)
+        with pytest.raises(ValueError, match="and its source .* overlap"):
+            convert.main([str(source), str(out), "--overwrite"])
+    assert weights(source).keys() == weights(checkpoint).keys() and not (source / "out").exists()
+
+
 def test_bad_sources(checkpoint, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a Hub id"):
         convert.main(["no/such/folder", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match=r"in HF layout already: .* are for \.pt files"):
+    with pytest.raises(ValueError, match=r"in HF layout already, .* are for \.pt files"):
         convert.main([str(checkpoint), str(tmp_path / "out"), "--tokenizer", "x"])
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint, broken)
     (broken / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks model-00002-of-00002.safetensors: expected a whole checkpoint"):
+        convert.main([str(broken), str(tmp_path / "out")])
+    shutil.copy(checkpoint / "model-00001-of-00002.safetensors", broken / "model-00002-of-00002.safetensors")
+    (broken / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="no whole safetensors file \\(a git-LFS pointer"):
+        convert.main([str(broken), str(tmp_path / "out")])
+    shutil.copy(checkpoint / "model-00001-of-00002.safetensors", broken / "model.safetensors")
+    with pytest.raises(ValueError, match="holds both model.safetensors and"):
         convert.main([str(broken), str(tmp_path / "out")])
     assert not re.search("incomplete", str(list(tmp_path.iterdir())))

@@ -20,7 +20,6 @@ from openvla.hub_upload import export
 from openvla.hub_upload.layout import (
     HUB_FILES,
     is_unused,
-    module_name,
     released_names,
     skeleton,
     write_companions,
@@ -28,6 +27,7 @@ from openvla.hub_upload.layout import (
 from openvla.hub_upload.merge import Adapter
 from openvla.hub_upload.proof import Observation, ProofError, check_proof, compare, prove
 from openvla.hub_upload.weights import SafetensorsFolder, TensorInfo, write_shards
+from openvla.modeling_openvla import module_name
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 
@@ -178,6 +178,7 @@ def test_it_is_proven_and_what_changes_later_is_noticed(exported, tmp_path):
     record = check_proof(exported)
     assert record["observations"] == 2 and record["dtype"] == "torch.bfloat16" and not record["same_weights"]
     assert 0 < record["logits_difference"] < 0.02 and record["tokens_equal"] == "14 of 14"
+    assert 0 < record["share_of_adapter"] < 0.1
     copy = tmp_path / "policy"
     shutil.copytree(exported, copy)
     (copy / "README.md").write_text("edited by hand")
@@ -241,15 +242,25 @@ def test_what_fine_tuning_drops_is_filled_in(run, checkpoint, tmp_path):
         assert torch.equal(tensor, kept[name]) if name in kept else not tensor.any(), name
 
 
-def test_an_adapter_without_statistics(run, checkpoint, tmp_path, caplog):
+def test_an_adapter_does_not_take_the_statistics_of_its_base(run, checkpoint, tmp_path):
     shutil.copytree(run / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "dataset_statistics.json").unlink()
-    shutil.copytree(checkpoint, tmp_path / "base")
-    toy = {"toy": json.loads((checkpoint / "dataset_statistics.json").read_text())["toy_robot"]}
-    (tmp_path / "base" / "dataset_statistics.json").write_text(json.dumps(toy))
-    export.main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--no-proof", "--base", f"{tmp_path}/base"])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["norm_stats"] == toy
-    assert "exporting those of its base, for ['toy']" in caplog.text
+    with pytest.raises(ValueError, match="adapter brings no action statistics: .* --statistics"):
+        export.main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--no-proof"])
+    statistics = run / "adapter" / "dataset_statistics.json"
+    export.main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--no-proof", "--statistics", str(statistics)])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert list(config["norm_stats"]) == ["cup"]
+    (tmp_path / "run.json").write_text(
+        json.dumps({**json.loads((run / "run.json").read_text()), "norm_stats": config["norm_stats"]})
+    )
+    export.main([f"{tmp_path}/adapter", f"{tmp_path}/out", "--no-proof", "--overwrite"])
+    assert list(json.loads((tmp_path / "out" / "config.json").read_text())["norm_stats"]) == ["cup"]
+
+
+def test_the_centre_crop_can_be_named(checkpoint, tmp_path):
+    export.main([str(checkpoint), str(tmp_path / "out"), "--no-proof", "--center-crop-area", "0.9"])
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["center_crop_area"] == 0.9
 
 
 def test_where_a_run_keeps_its_policy(run, tmp_path):
@@ -281,6 +292,12 @@ def test_what_is_refused(checkpoint, run, tmp_path):
 
     refuse("is quantised", config={"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}})
     refuse("no action statistics", config={"norm_stats": None})
+    (tmp_path / "source" / "lora_adapter").mkdir()
+    (tmp_path / "source" / "lora_adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="OpenVLA-OFT"):
+        export.main([str(tmp_path / "source"), str(tmp_path / "out")])
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        export.main([str(tmp_path / "source" / "lora_adapter" / ".." / ".."), str(tmp_path / "out")])
     with pytest.raises(SystemExit):
         export.main([str(checkpoint), str(tmp_path / "out"), "--image", "x.png"])
     broken = json.loads((run / "adapter" / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/gone"}
@@ -305,28 +322,87 @@ def test_examples_from_a_dataset(tmp_path):
 
 
 # --- The proof itself ---
-def trial(seed: int = 0, **changes) -> dict:
-    rng = np.random.default_rng(seed)
-    found = {"logits.0": rng.normal(size=100), "blind.0": rng.normal(size=100), "tokens.0": np.arange(7)[None]}
-    return {**found, "action.0": np.arange(7) / 7, "dtype": np.array("torch.bfloat16"), **changes}
+def trial(adapter: bool = False, **changes) -> dict:
+    """Two action ids, 90 and 91, of 100; the source is sure of 91 twice."""
+    rng = np.random.default_rng(0)
+    logits = rng.uniform(-1, 1, (2, 100))
+    logits[:, 90], logits[:, 91] = 0.0, 1.0
+    found = {"logits.0": logits, "blind.0.0": logits[:1] + 1, "tokens.0": np.array([91, 91]), "action.0": np.ones(2)}
+    found |= {"actions": np.array([90, 92]), "dtype": np.array("torch.bfloat16"), "norm_stats": np.array('{"a": 1}')}
+    return {**found, **({"plain.0": logits - 1} if adapter else {}), **changes}
 
 
-def test_what_counts_as_the_same():
-    same = trial()
-    assert compare(same, same, 1, same_weights=True)["tokens_equal"] == "7 of 7"
-    spread = np.ptp(same["logits.0"])
-    near = trial(**{"logits.0": same["logits.0"] + 0.04 * spread})
-    assert compare(same, near, 1, same_weights=False)["logits_difference"] == pytest.approx(0.04)
-    with pytest.raises(ProofError, match="differ from the source's by 0.04 of their range; 1e-05"):
-        compare(same, near, 1, same_weights=True)
-    with pytest.raises(ProofError, match="by 0.06 of their range; 0.05"):
-        compare(same, trial(**{"logits.0": same["logits.0"] + 0.06 * spread}), 1, same_weights=False)
-    with pytest.raises(ProofError, match="by nan"):
-        compare(same, trial(**{"logits.0": np.full(100, np.nan)}), 1, same_weights=False)
-    with pytest.raises(ProofError, match="Only 6 of 7 action tokens"):
-        compare(same, trial(**{"tokens.0": np.array([[0, 1, 2, 3, 4, 5, 9]])}), 1, same_weights=True)
-    with pytest.raises(ProofError, match="image makes no difference"):
-        compare(same, trial(**{"blind.0": same["logits.0"]}), 1, same_weights=True)
+def moved(by: float, where=np.s_[:]) -> dict:
+    logits = trial()["logits.0"].copy()
+    logits[where] += by
+    return trial(**{"logits.0": logits})
+
+
+@pytest.mark.parametrize(
+    "before, after, same_weights, message",
+    [
+        (trial(), moved(0.001), True, "differ from the source's by .* of their range; 1e-05"),
+        (trial(), moved(0.3), False, "; 0.05 is what rounding may do"),
+        (trial(), moved(np.nan, np.s_[1, 7]), False, "not finite"),
+        (trial(), moved(1.1, np.s_[1, 90]), False, "chooses other tokens"),
+        (trial(adapter=True), moved(0.09, np.s_[0, 3]), False, None),
+        (trial(adapter=True, **{"plain.0": trial()["logits.0"] - 0.2}), moved(0.09), False, "rounding swallows"),
+        (trial(adapter=True, **{"plain.0": trial()["logits.0"]}), moved(0.0), False, "rounding swallows"),
+        (trial(), trial(norm_stats=np.array('{"a": 2}')), True, "statistics are not its source's"),
+        (trial(), trial(**{"action.0": np.array([1.0, 1.1])}), True, "Only 2 of 2 .* difference 0.1"),
+        (trial(), trial(**{"blind.0.0": trial()["logits.0"][:1]}), True, "Image 0 makes no difference"),
+        (trial(), trial(**{"blind.0.1": trial()["logits.0"][:1]}), True, "Image 1 makes no difference"),
+        (trial(), trial(), True, None),
+    ],
+)
+def test_what_counts_as_the_same(before, after, same_weights, message):
+    if message is None:
+        assert compare(before, after, 1, same_weights)["tokens_equal"] == "2 of 2"
+        return
+    with pytest.raises(ProofError, match=message):
+        compare(before, after, 1, same_weights)
+
+
+def test_another_token_is_a_failure_only_where_the_source_was_sure():
+    near = trial()["logits.0"].copy()
+    near[0, 90] = 0.995
+    before = trial(**{"logits.0": near})
+    after = trial(**{"logits.0": near + np.where(np.arange(100) == 90, 0.01, 0.0)})
+    assert compare(before, after, 1, same_weights=False)["tokens_equal"] == "1 of 2"
+    wide = np.where(np.arange(100) == 3, 100.0, near)  # a range in which the change of a token is a small share
+    wide[:, 91] = 5.0
+    swapped = wide.copy()
+    swapped[1, [90, 91]] = 3.0, 2.0
+    with pytest.raises(ProofError, match="chooses other tokens"):
+        compare(trial(**{"logits.0": wide}), trial(**{"logits.0": swapped}), 1, same_weights=False)
+
+
+def test_half_an_adapter_is_not_merged(run, tmp_path):
+    def export_without(part):
+        folder = tmp_path / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(run / "adapter", folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+        save_file(kept, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        export.main([str(folder), str(tmp_path / "out"), "--no-proof"])
+
+    with pytest.raises(ValueError, match="names 24 modules that it has no weights of, such as model.vision_backbone"):
+        export_without("vision_backbone")
+    with pytest.raises(ValueError, match="names 1 modules .* such as lm_head.weight"):
+        export_without("lm_head")
+    with pytest.raises(ValueError, match="is not whole"):
+        export_without("")
+
+
+def test_a_wrong_merge_is_not_proven(run, tmp_path, monkeypatch):
+    right = Adapter.merge
+    monkeypatch.setattr(
+        Adapter, "merge", lambda self, name, weight: weight if "layers" in name else right(self, name, weight)
+    )
+    with pytest.raises(ProofError):
+        export.main([str(run / "adapter"), str(tmp_path / "out")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_does_not_act_is_not_proven(checkpoint, exported, tmp_path):
@@ -335,6 +411,7 @@ def test_a_folder_that_does_not_act_is_not_proven(checkpoint, exported, tmp_path
     broken = code.replace("import copy\n", "import copy\nimport openvla\n", 1)
     (tmp_path / "broken" / "modeling_openvla.py").write_text(broken)
     request = {"folder": str(checkpoint), "adapter": None, "processor": str(checkpoint), "dtype": "bfloat16"}
+    request["center_crop_area"] = None
     request["norm_stats"] = json.loads((checkpoint / "dataset_statistics.json").read_text())
     observation = Observation([np.zeros((8, 8, 3), np.uint8)], "push", "bridge_orig")
     with pytest.raises(ProofError, match="(?s)loaded without this package, does not act:.*openvla"):
@@ -352,7 +429,7 @@ def test_a_failed_proof_leaves_no_folder(checkpoint, tmp_path, monkeypatch):
 
 
 MEASURE = """
-    import json, os, resource, sys, threading, time
+    import json, os, sys, threading, time
     from openvla.hub_upload import export
     most = {"children": 0}
     def watch():
@@ -367,7 +444,8 @@ MEASURE = """
             time.sleep(0.1)
     threading.Thread(target=watch, daemon=True).start()
     export.main(sys.argv[1:])
-    most["exporting"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
+    most["exporting"] = int(status["VmHWM"].split()[0]) * 1024
     print(json.dumps(most))
 """
 
