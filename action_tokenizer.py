@@ -255,8 +255,13 @@ def _finite(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-# Deltas of the end effector, then the gripper: the convention of OpenVLA's own mixture of datasets.
+# Deltas of the end effector, then the gripper: the convention of OpenVLA's own training data, told by their names.
 _END_EFFECTOR = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
+_OPENVLA_DATASETS = ("austin_buds", "austin_sailor", "austin_sirius", "bc_z", "berkeley_autolab_ur5", "bridge_dataset")
+_OPENVLA_DATASETS += ("berkeley_cable_routing", "berkeley_fanuc_manipulation", "bridge_orig", "cmu_stretch", "dobbe")
+_OPENVLA_DATASETS += ("dlr_edan_shared_control", "fmb_dataset", "fractal20220817_data", "furniture_bench", "jaco_play")
+_OPENVLA_DATASETS += ("iamlab_cmu_pickup_insert", "kuka", "libero_", "nyu_franka_play", "roboturk", "stanford_hydra")
+_OPENVLA_DATASETS += ("taco_play", "toto", "ucsd_kitchen", "utaustin_mutex", "viola")
 _METRIC = ("bridge_orig", "fractal20220817_data")  # others hold controller commands, millimetres, …
 
 
@@ -264,14 +269,19 @@ def name_action_dims(norm_stats: dict, unnorm_key: str) -> list[tuple[str, str]]
     """`(name, unit)` per action dim of a dataset.
 
     Taken from `norm_stats[unnorm_key]["action"]["names"]` and `["units"]` if it declares them. Otherwise seven dims of
-    which only the last is masked are taken for OpenVLA's end-effector convention (gripper 1 = open), with metres and
-    radians only for datasets known to use them, and anything else is just numbered.
+    which only the last is masked have OpenVLA's names, and its gripper (1 = open), if the dataset is one of OpenVLA's
+    own; of any other dataset they may as well be joints, so names are guesses, marked by "?", without polarity.
+    Metres and radians are said of datasets known to use them only. Anything else is just numbered.
     """
     stats = norm_stats[unnorm_key]["action"]
-    dim = len(next(stats[name] for name in ("q01", "min", "mean") if name in stats))
+    low = next(stats[name] for name in ("q01", "min", "mean") if name in stats)
+    high = next(stats[name] for name in ("q99", "max", "mean") if name in stats)
+    dim = len(low)
     if "names" in stats:
         return list(zip(stats["names"], stats.get("units", [""] * dim)))
     if dim != 7 or list(stats.get("mask", [])) != [True] * 6 + [False]:
         return [(f"action {index}", "") for index in range(dim)]
+    if not unnorm_key.startswith(_OPENVLA_DATASETS) or low[6] < 0 or high[6] > 1:
+        return list(zip([f"{name}?" for name in _END_EFFECTOR], ["dataset units"] * 6 + [""]))
     length, angle = ("m", "rad") if unnorm_key in _METRIC else ("dataset units", "dataset units")
     return list(zip(_END_EFFECTOR, [length] * 3 + [angle] * 3 + ["1 = open"]))

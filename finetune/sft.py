@@ -62,6 +62,12 @@ class FinetuneArguments:
     validation_steps: int = field(default=200, metadata={"help": "at most so many steps per dataset and evaluation"})
     skip_bad_episodes: bool = field(default=False, metadata={"help": "leave them out and say which"})
     resume: bool = field(default=False, metadata={"help": "continue from the last checkpoint of output_dir, if any"})
+    action_names: list[str] | None = field(
+        default=None, metadata={"help": "of the action's dims, for the checkpoint: x y z roll pitch yaw gripper"}
+    )
+    action_units: list[str] | None = field(
+        default=None, metadata={"help": "of the action's dims: m m m rad rad rad '1 = open'; needs --action_names"}
+    )
 
 
 # Where TRL's own defaults do not suit: the original's for LoRA (5e-4, constant; 2e-5 for the other modes)
@@ -146,9 +152,37 @@ class Source:
     held_out: list[int]
 
 
+def describe_dataset(source: Source, names: list[str] | None, units: list[str] | None) -> dict:
+    """`norm_stats` of a dataset with what is known of it beyond numbers: `control_frequency` in Hz, and per action dim
+    `names` and `units`, as given or as the dataset has them."""
+    stats = {**source.scan.norm_stats, "action": {**source.scan.norm_stats["action"]}}
+    dims = len(stats["action"]["min"])
+    for option, given in (("names", names), ("units", units)):
+        if given and len(given) != dims:
+            raise ValueError(f"--action_{option} has {len(given)} entries, {source.reader.name} has {dims} dims.")
+    if units and not names:
+        raise ValueError("--action_units needs --action_names.")
+    recorded = getattr(source.reader, "action_names", None) or []
+    names = names or (recorded if len(recorded) == dims and len(set(recorded)) == dims else None)
+    if source.reader.fps:
+        stats["control_frequency"] = source.reader.fps
+    if names:
+        stats["action"]["names"] = list(names)
+        stats["action"]["units"] = list(units or [""] * dims)
+    return stats
+
+
 def check_options(args: FinetuneArguments, config) -> None:
     """Mends what a YAML file may hold; raises ValueError for what would do nothing, or harm."""
-    for name in ("data", "weights", "mask", "cameras", "decay_steps"):  # one value instead of a list of one
+    for name in (
+        "data",
+        "weights",
+        "mask",
+        "cameras",
+        "decay_steps",
+        "action_names",
+        "action_units",
+    ):  # one value instead of a list of one
         value = getattr(args, name)
         if value is not None and not isinstance(value, list):
             setattr(args, name, [value])
@@ -289,7 +323,8 @@ def main(argv: list[str]) -> None:
     check_datasets(sources, model)
     if model.config.action_bins is not None:
         raise ValueError(f"{args.model} has bins fitted to other data (config.action_bins): set them to null.")
-    model.config.norm_stats = {source.reader.name: source.scan.norm_stats for source in sources}
+    given = args.action_names, args.action_units
+    model.config.norm_stats = {source.reader.name: describe_dataset(source, *given) for source in sources}
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
 
@@ -344,6 +379,7 @@ def main(argv: list[str]) -> None:
     of_config = ("seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "bf16")
     facts |= {name: getattr(config, name) for name in of_config}
     facts |= {"batch": batch, "norm_stats": model.norm_stats, "lengths": lengths}
+    facts["hub"] = [place for place in (args.model, *args.data) if not Path(place).expanduser().exists()]
     checkpoint = check_resume(run, facts, args.resume)
     trainer = ActionTrainer(
         model,

@@ -107,7 +107,8 @@ class Survey:
         name = self.reader.name
         self.norm_stats = summarize(list(self.actions.values()), [None] * len(self.actions), mask)
         self.stats = ActionStats.from_norm_stats({name: self.norm_stats}, name)
-        self.names, self.units = zip(*name_action_dims({name: self.norm_stats}, name))
+        names, self.units = zip(*name_action_dims({name: self.norm_stats}, name))
+        self.names = tuple(each.rstrip("?") for each in names)
         self.low = np.where(self.stats.mask, self.stats.low, -1.0)
         self.high = np.where(self.stats.mask, self.stats.high, 1.0)
         self.width = (self.high - self.low) / INTERVALS

@@ -128,7 +128,7 @@ class ActionTrainer(SFTTrainer):
     def _scalars(self, collator: ActionCollator, found: dict) -> dict[str, float]:
         """What trackers can plot: `l1` over all dims, and per dim `l1/x` (normalised) and `l1_physical/x`."""
         dataset = collator.steps.reader.name
-        dims = [name for name, _ in name_action_dims(self.model.config.norm_stats, dataset)]
+        dims = [name.rstrip("?") for name, _ in name_action_dims(self.model.config.norm_stats, dataset)]
         scalars = {"token_accuracy": found["token_accuracy"], "l1": sum(found["l1_normalized"]) / len(dims)}
         scalars |= {f"l1/{dim}": value for dim, value in zip(dims, found["l1_normalized"])}
         return scalars | {f"l1_physical/{dim}": value for dim, value in zip(dims, found["l1_physical"])}

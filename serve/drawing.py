@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SMALLEST = 448  # pixels of the shorter side from which on text is legible
+WIDEST = 8  # times as wide as high: a thin picture would be enlarged beyond all memory
 SMOOTH = 3  # shapes are drawn so many times too large, then reduced
 
 ARROW = (255, 214, 10)
@@ -42,12 +43,14 @@ class _Motion:
     has_statistics: bool
 
     def find(self, *names: str) -> list[int] | None:
-        """Where the dims of these names are, if all of them are there and are motions: 0 lies among their data."""
+        """Where the dims of these names are, if all are there and x, y, z are motions: 0 lies among their data."""
         lowered = [name.lower() for name in self.names]
         if any(name not in lowered for name in names):
             return None
-        found = [lowered.index(name) for name in names]
-        return found if all(self.low[dim] <= 0 <= self.high[dim] for dim in found) else None
+        axes = [lowered.index(name) for name in ("x", "y", "z") if name in lowered]
+        if any(not self.low[dim] <= 0 <= self.high[dim] for dim in axes):  # positions, all of them
+            return None
+        return [lowered.index(name) for name in names]
 
     @property
     def gripper(self) -> int | None:
@@ -76,6 +79,8 @@ def draw_motion(
     """
     if not isinstance(image, Image.Image):
         raise ValueError(f"Expected the observation as a PIL.Image, got {type(image).__name__}.")
+    if max(image.size) > WIDEST * min(image.size):
+        raise ValueError(f"Expected a picture of sides up to 1 to {WIDEST}, got {image.size}.")
     motion = _read_motion(actions, dims, stats)
     factor = max(1, math.ceil(SMALLEST / min(image.size)))
     picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

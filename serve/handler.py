@@ -78,6 +78,8 @@ class EndpointHandler:
         start = time.perf_counter()
         if not isinstance(data, dict) or "inputs" not in data:
             raise ValueError(f'Expected a request {{"inputs": {EXPECTED}, "parameters": {{…}}}}, got {_brief(data)}.')
+        if unknown := sorted(map(str, set(data) - {"inputs", "parameters"})):
+            raise ValueError(f"Unknown keys {unknown[:5]} in a request: they belong into its inputs or parameters.")
         parameters = _read_parameters(data.get("parameters"))
         instruction = parameters.pop("instruction", None)
         unnorm_key = self._resolve_unnorm_key(parameters.pop("unnorm_key", None))

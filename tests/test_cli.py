@@ -69,9 +69,14 @@ def test_help_imports_nothing_heavy():
 
 
 def test_names_of_action_dims(model):
-    stats = {"robot": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
-    assert name_action_dims(stats, "robot")[0] == ("x", "dataset units")
-    assert name_action_dims(stats, "robot")[-1] == ("gripper", "1 = open")
+    stats = {"viola": {"action": {"q01": [0.0] * 7, "q99": [1.0] * 7, "mask": [True] * 6 + [False]}}}
+    assert name_action_dims(stats, "viola")[0] == ("x", "dataset units")
+    assert name_action_dims(stats, "viola")[-1] == ("gripper", "1 = open")
+    stats["robot"] = stats["viola"]  # whose seven numbers may be joints, and 1 closed
+    assert name_action_dims(stats, "robot")[0] == ("x?", "dataset units")
+    assert name_action_dims(stats, "robot")[-1] == ("gripper?", "")
+    stats["libero_spatial"] = {"action": {**stats["viola"]["action"], "q01": [0.0] * 6 + [-1.0]}}
+    assert name_action_dims(stats, "libero_spatial")[-1] == ("gripper?", "")  # raw LIBERO's sign: 1 is closed
     stats["robot"]["action"]["mask"] = [True] * 7
     assert name_action_dims(stats, "robot")[6] == ("action 6", "")
     stats["robot"]["action"] |= {"names": list("abcdefg"), "units": ["rad"] * 7}

@@ -234,3 +234,21 @@ def test_the_file_stands_alone():
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert imported == {"math", "dataclasses", "numpy", "PIL"}
+
+
+def test_positions_give_no_arrow_even_if_some_of_them_cross_zero():
+    names, units = ("x", "y", "z", "roll", "pitch", "yaw", "gripper"), ["m"] * 3 + ["rad"] * 3 + ["1 = open"]
+    dims = list(zip(names, units))
+    picture, action = Image.new("RGB", (512, 512), (90, 90, 90)), np.array([0.1, 0.1, 0.3, 0, 0, 0, 1.0])
+    low, high = [-0.2, -0.2, -0.1, -1, -1, -1, 0], [0.2, 0.2, 0.4, 1, 1, 1, 1]
+    moving = draw_motion(picture, action, dims, {"q01": low, "q99": high})
+    low[2] = 0.02  # heights above a table
+    placed = draw_motion(picture, action, dims, {"q01": low, "q99": high})
+    plate = (12, 300, 500, 500)
+    arrows = [np.asarray(drawn.crop(plate)).reshape(-1, 3) for drawn in (moving, placed)]
+    assert len(np.unique(arrows[0], axis=0)) > len(np.unique(arrows[1], axis=0))
+
+
+def test_thin_pictures_are_refused():
+    with pytest.raises(ValueError, match=r"of sides up to 1 to 8, got \(1, 512\)"):
+        draw_motion(Image.new("RGB", (1, 512)), np.zeros(1), [("x", "m")])

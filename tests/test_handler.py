@@ -295,6 +295,11 @@ def test_parameters_that_are_refused(parameters, message, ask, observations):
         raise ValueError(reply["error"])
 
 
+def test_parameters_beside_the_inputs_are_not_overlooked():
+    with pytest.raises(ValueError, match=r"Unknown keys \['strict', 'unnorm_key'\] in a request"):
+        handler.EndpointHandler.__call__(None, {"inputs": {}, "unnorm_key": "toy_robot", "strict": True})
+
+
 def test_a_bare_image_needs_an_instruction(ask, observations):
     status, reply = ask(base64.b64decode(observations[0]["image"]), unnorm_key="bridge_orig")
     assert status == 400 and 'parameters["instruction"]' in reply["error"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_readers import write_folder
 
 import openvla
+from openvla.action_tokenizer import name_action_dims
 from openvla.configuration_openvla import OpenVLAConfig
 from openvla.finetune import statistics
 from openvla.finetune.collator import ActionCollator
@@ -119,6 +120,21 @@ def test_lora_moves_linear_layers_only_and_merges(policy, data, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=1e-4)
     np.testing.assert_array_equal(adapted.predict_action(**inputs), merged.predict_action(**inputs))
+
+
+def test_what_is_known_of_a_dataset_reaches_the_checkpoint(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics, "CACHE", tmp_path / "cache")
+    folder = write_folder(tmp_path / "my_robot")
+    for file in folder.glob("episode_*/episode.json"):
+        file.write_text(json.dumps({**json.loads(file.read_text()), "fps": 10}))
+    names = ["--action_names", *"abcdefg", "--action_units", *["rad"] * 6, "1 = closed"]
+    finetune(policy, folder, tmp_path / "run", "--max_steps", "1", "--save_strategy", "no", *names)
+    stats = json.loads((tmp_path / "run" / "merged" / "config.json").read_text())["norm_stats"]
+    assert stats["my_robot"]["control_frequency"] == 10
+    assert name_action_dims(stats, "my_robot")[5:] == [("f", "rad"), ("g", "1 = closed")]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["hub"] == []
+    with pytest.raises(ValueError, match="--action_names has 2 entries, my_robot has 7 dims"):
+        finetune(policy, folder, tmp_path / "other", "--max_steps", "1", "--action_names", "x", "y")
 
 
 def test_qlora_trains_on_a_cpu(policy, data, tmp_path):

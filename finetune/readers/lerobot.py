@@ -31,6 +31,9 @@ class LeRobotReader:
         self._is_v3 = version.startswith("v3.")
         self.fps = float(self.info["fps"])
         features = self.info["features"]
+        names = features.get("action", {}).get("names")
+        names = [each for group in names.values() for each in group] if isinstance(names, dict) else names
+        self.action_names = [str(name) for name in names or []]  # {"motors": […]} or […], if the recorder wrote any
         self._videos = [key for key, feature in features.items() if feature["dtype"] == "video"]
         self._images = [key for key, feature in features.items() if feature["dtype"] == "image"]
         self._mapped = None  # see `map_images`
