@@ -52,6 +52,12 @@ def main(argv: list[str] | None = None) -> None:
     command = importlib.import_module(COMMANDS[verb][0])
     try:
         command.main(argv[words:])
+    except KeyboardInterrupt:
+        if traceback:
+            raise
+        hint = "; run the same command again to go on" if verb == "upload" else ""
+        print(f"openvla {verb}: stopped{hint}", file=sys.stderr)
+        sys.exit(130)  # as shells say it: 128 + SIGINT
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
         if traceback:
             raise

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -130,12 +131,25 @@ def _try(request: dict, observations: list[dict], scratch: str) -> dict:
 
 
 def published_files(folder: Path) -> dict[str, Path]:
-    """`{path in the repository: file}` of everything that belongs on the Hub: no hidden files, no caches."""
-    found = {}
-    for path in sorted(Path(folder).rglob("*")):
+    """`{path in the repository: file}` of everything that belongs on the Hub.
+
+    Hidden files and caches do not, nor what lies in `assets/` without README.md saying its name: pictures of an older
+    card, or somebody's notes. Raises ValueError for symbolic links to somewhere else, which could publish anything.
+    """
+    folder, found = Path(folder), {}
+    card = (folder / "README.md").read_bytes() if (folder / "README.md").is_file() else b""
+    for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in name.parts):
-            found[name.as_posix()] = path
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts):
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside of the folder: put the file itself there."
+            )
+        told = name.as_posix()
+        mentioned = told.encode() in card or quote(told).encode() in card
+        if path.is_file() and (name.parts[0] != "assets" or mentioned):
+            found[told] = path
     return found
 
 
@@ -154,7 +168,12 @@ def check_proof(folder: Path) -> dict:
         raise ValueError(
             f"{folder} has no proof that it acts as it should: make it with `openvla export`, which tries it out."
         )
-    record = json.loads(path.read_text())
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not isinstance(record.get("files"), dict):
+        raise ValueError(f"{path} is no record that `openvla export` wrote: export it again.")
     before, now = record["files"], _digests(folder)
     changed = sorted(name for name in before | now if before.get(name) != now.get(name))
     if changed:

@@ -7,6 +7,7 @@ import base64
 import fnmatch
 import hashlib
 import io
+import re
 import sys
 import time
 from functools import cached_property
@@ -15,6 +16,7 @@ from urllib.parse import quote
 
 WAITS = (2, 8)  # seconds before asking again; huggingface_hub itself asks up to six times while it sends large files
 NEW, CHANGED, UNCHANGED, DELETED = "new", "changed", "unchanged", "deleted"
+TOKEN = r"hf_[A-Za-z0-9]{20,}"  # what a token of the Hub looks like
 LFS_SUFFIXES, LFS_SIZE = (".safetensors", ".bin", ".model"), 10_000_000  # the Hub's rule, for repositories yet to come
 
 
@@ -85,21 +87,26 @@ class Remote:
         return f"{self.api.endpoint}/{'' if self.kind == 'model' else 'spaces/'}{self.id}"
 
     def look(self) -> None:
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+        from huggingface_hub.errors import RepositoryNotFoundError
 
         self.commit, self.private, self.files, self.tags = None, None, {}, {}
         main = self._ask(self.api.repo_info, **self.where, missing=RepositoryNotFoundError)
         self.has_branch = False
         if main is None:
             return
-        info = main
-        if self.branch != "main":
-            info = self._ask(self.api.repo_info, **self.where, revision=self.branch, missing=RevisionNotFoundError)
-        self.has_branch = info is not None
-        self.commit, self.private = (info or main).sha, main.private
-        self.files = self._tree(self.commit)
-        refs = self._ask(self.api.list_repo_refs, **self.where)
+        refs = self._ask(self.api.list_repo_refs, **self.where, include_pull_requests=True)
+        branches = {branch.name: branch.target_commit for branch in refs.branches}
+        branches |= {pull.ref: pull.target_commit for pull in refs.pull_requests or []}  # refs/pr/1
         self.tags = {tag.name: tag.target_commit for tag in refs.tags}
+        if self.branch in self.tags.keys() - branches.keys():  # the Hub would take it for a revision as well
+            raise ValueError(
+                f"{self.branch} is a tag of {self.id}, and tags stay where they are: name a branch "
+                f"({', '.join(sorted(branches))}, or a new one)."
+            )
+        self.has_branch = self.branch in ("main", *branches)
+        self.commit = main.sha if self.branch == "main" else branches.get(self.branch, main.sha)
+        self.private = main.private
+        self.files = self._tree(self.commit)
 
     def states(self, files: dict[str, File], stale: tuple[str, ...] = ()) -> dict[str, str]:
         """`{path: "new", "changed", "unchanged" or "deleted"}` of what is to be published and what is in its way."""
@@ -148,12 +155,26 @@ class Remote:
                 f"This token may only read: make one that may write at {self.api.endpoint}/settings/tokens."
             )
 
+    def check_owner(self) -> None:
+        """Raises if the repository is yet to be made, in the name of somebody else."""
+        user = self._ask(self.api.whoami)
+        names = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+        owner = self.id.partition("/")[0]
+        if self.commit is None and owner.lower() not in map(str.lower, names):
+            raise HubError(
+                f"This token may not make {self.url}, which is not there (or not for it to see): it is {names[0]}'s, "
+                f"who may write as {', '.join(names)}, not as {owner}."
+            )
+
     def prepare(self, private: bool | None) -> bool:
-        """Makes repository and branch if they are missing, and a public repository private; returns if it was new."""
+        """Makes repository and branch if they are missing, and a public repository private; returns if it was new.
+
+        A new one is private in any case, until what belongs into it is there: see `make_public`.
+        """
         is_new = self.commit is None
         if is_new:
             sdk = {"space_sdk": "gradio"} if self.kind == "space" else {}
-            self._ask(self.api.create_repo, **self.where, private=private is not False, exist_ok=True, **sdk)
+            self._ask(self.api.create_repo, **self.where, private=True, exist_ok=True, **sdk)
             self.look()
         elif private and not self.private:
             self._ask(self.api.update_repo_settings, **self.where, private=True)
@@ -255,8 +276,12 @@ class Remote:
                     return None
                 if not waits or not _may_pass(error):
                     raise HubError(self._explain(error)) from error
-                print(f"{_cause(error)}; asking again in {waits[0]} s", file=sys.stderr)
+                print(f"{self._hide_token(_cause(error))}; asking again in {waits[0]} s", file=sys.stderr)
                 time.sleep(waits.pop(0))
+
+    def _hide_token(self, text: str) -> str:
+        text = text.replace(self.api.token, "hf_…") if self.api.token else text
+        return re.sub(TOKEN, "hf_…", text)
 
     def _explain(self, error: BaseException) -> str:
         status = _status(error)
@@ -272,7 +297,7 @@ class Remote:
         elif status == 412:
             reason = f"Somebody else changed {self.id} in the meantime: look at {self.url}/commits/{self.branch}."
         else:
-            reason = f"{self.api.endpoint}: {_cause(error)}."
+            reason = f"{self.api.endpoint}: {self._hide_token(_cause(error))}."
         if self.published:
             return f"{reason} Commit {self.published} is published; run the same command again to do the rest."
         if self.create_pr and _may_pass(error) and self.num_sent == self.num_large:

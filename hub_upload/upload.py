@@ -5,10 +5,11 @@ openvla upload lab/pick-cup runs/cup/export
 openvla upload lab/pick-cup runs/cup/export --public --tag v1.0 --space
 openvla upload openvla/openvla-7b runs/openvla-7b --create-pr --message "Code for transformers 5"
 
-A new repository is private unless `--public` is given: what was public once may have been copied. Large files go first
-and the commit that names them last, so that nobody ever finds half a policy; run the same command again after a broken
-connection, and what is there already is not sent again. Old weights and code (*.safetensors, *.bin, their indices and
-*.py in the root of the repository) that the folder does not have are deleted in the same commit, nothing else is.
+A new repository is private unless `--public` is given, and even then until all is there: what was public once may have
+been copied. Large files go first and the commit that names them last, so that nobody ever finds half a policy; run the
+same command again after a broken connection, and what is there already is not sent again. Old weights and code
+(*.safetensors, *.bin, their indices and *.py in the root of the repository) that the folder does not have are deleted
+in the same commit, nothing else is.
 """
 
 import os
@@ -17,8 +18,9 @@ from pathlib import Path
 
 from openvla.cli import command_parser
 from openvla.hub_upload.proof import check_proof, published_files
-from openvla.hub_upload.remote import CHANGED, DELETED, NEW, UNCHANGED, File, Remote, readable
+from openvla.hub_upload.remote import CHANGED, DELETED, NEW, TOKEN, UNCHANGED, File, Remote, readable
 
+REPO_ID = r"[\w.-]+/[\w.-]+"
 STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.py")  # in the root only
 SPACE_CODE = ("app.py", "drawing.py")  # of `openvla.serve`
 SPACE_README = """---
@@ -96,8 +98,12 @@ def parser():
 
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
-        raise ValueError(f"REPO_ID is OWNER/NAME, as in lab/pick-cup; got {args.repo_id!r}.")
+    for what, given in (("REPO_ID", args.repo_id), ("SPACE_ID", args.space)):
+        if (given or what == "REPO_ID") and not re.fullmatch(REPO_ID, given):
+            raise ValueError(f"{what} is OWNER/NAME, as in lab/pick-cup; got {given!r}.")
+    for option, given in (("--tag", args.tag), ("--revision", args.revision)):
+        if given is not None and (".." in given or not re.fullmatch(r"\w[\w./+-]*", given)):
+            raise ValueError(f"{option} takes a name without blanks and special characters, as v1.0; got {given!r}.")
     if args.create_pr and (args.revision or args.tag or args.space is not None or args.private is not None):
         raise ValueError("--create-pr proposes files for main, nothing else: leave out the other options.")
     if args.space is not None and args.revision:
@@ -108,6 +114,7 @@ def main(argv: list[str]) -> None:
     # 1. What is here, what is there; all that can be refused is refused before anything is sent
     digests = check_proof(args.folder)["files"]
     files = {path: File(file, digests.get(path)) for path, file in published_files(args.folder).items()}
+    check_assets(args.folder, files)
     api = connect(args.token)
     model = Remote(api, args.repo_id, branch=args.revision or "main", create_pr=args.create_pr)
     if not args.dry_run:
@@ -119,18 +126,22 @@ def main(argv: list[str]) -> None:
     elif "README.md" not in files:
         raise ValueError(f"{args.folder} has no README.md: a model without a card is neither found nor understood.")
     else:
-        model.check_card(files["README.md"].read().decode())
+        model.check_card(check_card(args.folder, args.repo_id))
     tagged = model.tags.get(args.tag)
     if tagged and (tagged != model.commit or differs(model.states(files, STALE))):
         raise ValueError(f"{args.repo_id} has a tag {args.tag} already, of commit {tagged}: choose another.")
+    if args.space is not None:
+        space = Remote(api, args.space or f"{args.repo_id}-demo", "space")
+        demo = {path: File(content) for path, content in space_files(args.repo_id).items()}
+        space.large(demo)  # raises if it is there and this token may not write to it
+        if not args.dry_run:
+            space.check_owner()
 
     # 2. The policy, then what points to it
     pull_request = publish(model, files, STALE, args, args.message or "Upload policy with openvla")
     if args.tag and not args.dry_run:
         model.tag(args.tag)
     if args.space is not None:
-        space = Remote(api, args.space or f"{args.repo_id}-demo", "space")
-        demo = {path: File(content) for path, content in space_files(args.repo_id).items()}
         publish(space, demo, (), args, f"Show {args.repo_id}")
     if args.dry_run:
         print("dry run: nothing was changed")
@@ -151,7 +162,59 @@ def connect(token: str | None):
     if constants.ENDPOINT != "https://huggingface.co" and "HF_HUB_DISABLE_XET" not in os.environ:
         print(f"note: {constants.ENDPOINT} may not have Xet: sending by LFS (HF_HUB_DISABLE_XET=0 for Xet)")
         constants.HF_HUB_DISABLE_XET = True
-    return huggingface_hub.HfApi(token=token or huggingface_hub.get_token() or False, library_name="openvla")
+    token = (token or "").strip() or (huggingface_hub.get_token() or "").strip()
+    if token and not re.fullmatch("[!-~]+", token):  # whatever sends it would show it in its complaint
+        raise ValueError(
+            "The token has blanks, line ends or other characters inside that no token has: copy it again from "
+            f"{constants.ENDPOINT}/settings/tokens."
+        )
+    return huggingface_hub.HfApi(token=token or False, library_name="openvla")
+
+
+def check_assets(folder: Path, files: dict[str, File]) -> None:
+    """Tells which of `assets/` stay here, since the card does not show them. Raises ValueError if one has a token."""
+    there = [path.relative_to(folder) for path in sorted(folder.glob("assets/**/*")) if path.is_file()]
+    hidden = [path for path in there if any(part.startswith(".") for part in path.parts)]
+    if left_out := [path.as_posix() for path in there if path.as_posix() not in files and path not in hidden]:
+        print(f"note: README.md does not mention {', '.join(left_out)}: not published")
+    for path, file in files.items():
+        if path.startswith("assets/"):
+            check_for_tokens(path, file.read())
+
+
+def check_card(folder: Path, repo_id: str) -> str:
+    """The card's text. Raises ValueError for all that can be found wrong with it without asking anybody."""
+    import yaml
+
+    from openvla.hub_upload.card_text import PLACEHOLDER
+    from openvla.hub_upload.model_card import validate_card
+
+    path = folder / "README.md"
+    check_for_tokens(str(path), path.read_bytes())
+    try:
+        text = path.read_text("utf-8")
+        validate_card(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} has metadata that is not YAML: {' '.join(str(error).split())}") from error
+    named = set(re.findall(r"""^\s*repository = ["'](.+?)["']""", text, re.MULTILINE))
+    if PLACEHOLDER in named:
+        print(f"note: the code in README.md says {PLACEHOLDER}: `openvla export --repo-id {repo_id}` would name it")
+    if others := sorted(named - {repo_id, PLACEHOLDER}):
+        raise ValueError(
+            f"The code in {path} loads {', '.join(others)}, not {repo_id}: export again with `--repo-id {repo_id}`, "
+            "or edit the card."
+        )
+    return text
+
+
+def check_for_tokens(path: str, content: bytes) -> None:
+    if re.search(TOKEN.encode(), content):
+        raise ValueError(
+            f"{path} contains what looks like a token of the Hub (hf_…): take it out. If others may have seen it, "
+            "revoke it in the Hub's settings."
+        )
 
 
 def publish(remote: Remote, files: dict[str, File], stale: tuple[str, ...], args, message: str) -> str | None:

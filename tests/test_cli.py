@@ -49,6 +49,19 @@ def test_errors_are_one_line_with_what_to_do(checkpoint, picture):
         predict(checkpoint, picture, "--traceback")
 
 
+@pytest.mark.parametrize("verb, hint", [("predict", ""), ("upload", "; run the same command again to go on")])
+def test_ctrl_c_ends_in_one_line(verb, hint, monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"{cli.COMMANDS[verb][0]}.main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb])
+    assert stop.value.code == 130 and capsys.readouterr().err == f"openvla {verb}: stopped{hint}\n"
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([verb, "--traceback"])
+
+
 def test_usage(capsys):
     cli.main([])
     printed = capsys.readouterr().out

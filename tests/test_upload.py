@@ -19,10 +19,11 @@ from huggingface_hub import constants
 
 import openvla
 from openvla.hub_upload import remote, upload
-from openvla.hub_upload.proof import published_files, write_proof
+from openvla.hub_upload.model_card import CardFacts, write_card
+from openvla.hub_upload.proof import check_proof, published_files, write_proof
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
-CARD = "---\nlicense: mit\npipeline_tag: robotics\ntags:\n- openvla\n---\n# A small policy\n"
+TOKEN = "hf_" + "aB3" * 10  # nobody's
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def exported(checkpoint, processor, tmp_path_factory) -> Path:
     model = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="5MB")
     processor.save_pretrained(folder)
-    (folder / "README.md").write_text(CARD)
+    write_card(folder, CardFacts(repo_id="lab/cup", license="mit"))
     write_proof(folder, {"passed": True})
     return folder
 
@@ -83,6 +84,12 @@ def assert_whole(hub, folder, commit, *others: str) -> None:
         assert hub.content("lab/cup", commit, path) == file.read_bytes(), path
 
 
+def edit_card(folder, old: str = "", new: str = "", more: str = "") -> None:
+    card = (folder / "README.md").read_text()
+    assert old in card
+    (folder / "README.md").write_text(card.replace(old, new) + more if old else card + more)
+
+
 def change_weights(folder) -> str:
     """Another last shard, proven again. Returns its name."""
     shard = sorted(folder.glob("*.safetensors"))[-1]
@@ -123,7 +130,7 @@ def test_an_unchanged_folder_makes_no_commit(hub, exported, capsys):
 def test_only_what_changed_is_sent(hub, folder, capsys):
     upload.main(["lab/cup", str(folder)])
     puts = hub.count("put", "put_part")
-    (folder / "README.md").write_text(CARD + "It grasps.\n")
+    edit_card(folder, more="It grasps.\n")
     upload.main(["lab/cup", str(folder)])
     _, before, after = hub.history("lab/cup")
     assert {path for path in after["files"] if after["files"][path] != before["files"][path]} == {"README.md"}
@@ -228,6 +235,28 @@ def test_a_branch_is_made_and_main_left_alone(hub, folder, capsys):
     assert_whole(hub, folder, history[-1])
 
 
+def test_a_tag_is_no_branch(hub, folder):
+    upload.main(["lab/cup", str(folder), "--tag", "v1"])
+    change_weights(folder)
+    before = hub.count("put", "put_part", "branch", "commit")
+    with pytest.raises(ValueError, match=r"v1 is a tag of lab/cup.*name a branch \(main, or a new one\)"):
+        upload.main(["lab/cup", str(folder), "--revision", "v1"])
+    assert hub.count("put", "put_part", "branch", "commit") == before and len(hub.history("lab/cup")) == 2
+
+
+def test_an_interrupted_first_upload_leaves_nothing_public(hub, exported, impatient):
+    seen = []
+    hub.faults.meanwhile["commit"] = lambda: seen.append(hub.repos["models", "lab/cup"].private)
+    hub.faults.errors["batch"] = 1000
+    with pytest.raises(remote.HubError, match="Nothing was published on lab/cup"):
+        upload.main(["lab/cup", str(exported), "--public"])
+    assert hub.repos["models", "lab/cup"].private is True
+    hub.faults.errors.clear()
+    upload.main(["lab/cup", str(exported), "--public", "--space"])
+    assert seen == [True] and hub.repos["models", "lab/cup"].private is False
+    assert hub.repos["spaces", "lab/cup-demo"].private is False
+
+
 def test_a_pull_request_is_open_to_strangers(hub, folder, monkeypatch, capsys):
     upload.main(["lab/cup", str(folder), "--public"])
     change_weights(folder)
@@ -238,6 +267,12 @@ def test_a_pull_request_is_open_to_strangers(hub, folder, monkeypatch, capsys):
     assert len(hub.history("lab/cup")) == 2
     assert_whole(hub, folder, hub.history("lab/cup", "refs/pr/1")[-1])
     assert f"proposed: {hub.endpoint}/lab/cup/discussions/1" in capsys.readouterr().out
+    change_weights(folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    upload.main(["lab/cup", str(folder), "--revision", "refs/pr/1"])  # further commits to the same
+    assert len(hub.history("lab/cup", "refs/pr/1")) == 4
+    assert_whole(hub, folder, hub.history("lab/cup", "refs/pr/1")[-1])
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
     with pytest.raises(ValueError, match="nothing to propose to"):
         upload.main(["lab/nowhere", str(folder), "--create-pr"])
 
@@ -322,6 +357,11 @@ def test_unproven_and_changed_folders_are_refused(hub, folder):
         (["cup"], "OWNER/NAME"),
         (["lab/cup", "--create-pr", "--tag", "v1"], "leave out the other options"),
         (["lab/cup", "--space", "--revision", "left"], "what is on main"),
+        (["lab/cup", "--space", "lab/a/b"], "SPACE_ID is OWNER/NAME.*'lab/a/b'"),
+        (["lab/cup", "--space", "show"], "SPACE_ID is OWNER/NAME.*'show'"),
+        (["lab/cup", "--tag", "a b"], "--tag takes a name without blanks.*'a b'"),
+        (["lab/cup", "--tag", "v1..2"], "--tag takes a name"),
+        (["lab/cup", "--revision", "left~1"], "--revision takes a name"),
     ],
 )
 def test_options_that_contradict_each_other(options, message, hub, exported):
@@ -331,11 +371,24 @@ def test_options_that_contradict_each_other(options, message, hub, exported):
 
 
 def test_the_card_is_checked_first(hub, folder):
-    (folder / "README.md").write_text("---\nlicense: [mit\n---\n")
-    with pytest.raises(ValueError, match="metadata that the Hub refuses: not YAML"):
+    good = (folder / "README.md").read_text()
+    edit_card(folder, "license: mit", "license: 5")  # the Hub's to find
+    with pytest.raises(ValueError, match='metadata that the Hub refuses: "license" must be a str'):
         upload.main(["lab/cup", str(folder)])
-    (folder / "README.md").write_text("---\ntags: robotics\n---\n")
-    with pytest.raises(ValueError, match='metadata that the Hub refuses: "tags" must be a list'):
+    wrong = {
+        "---\nlicense: [mit\n---\n": r"README.md has metadata that is not YAML: while parsing",
+        "---\nlicense: mit\n---\n": r"README.md: pipeline_tag is None.*nothing about unnorm_key 'bridge_orig'",
+        good + "![It](assets/gone.png)\n": r"README.md: it shows 'assets/gone.png', which is not there",
+        good + f"HF_TOKEN={TOKEN}\n": r"README.md contains what looks like a token of the Hub \(hf_…\)",
+        good.replace('"lab/cup"', '"lab/bowl"'): r"loads lab/bowl, not lab/cup: export again with `--repo-id lab/cup`",
+    }
+    for card, message in wrong.items():
+        (folder / "README.md").write_text(card)
+        with pytest.raises(ValueError, match=message) as refused:
+            upload.main(["lab/cup", str(folder)])
+        assert TOKEN not in str(refused.value)
+    (folder / "README.md").write_bytes(good.encode() + "Grün".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"policy/README.md is not UTF-8 .*0xfc"):
         upload.main(["lab/cup", str(folder)])
     (folder / "README.md").unlink()
     with pytest.raises(ValueError, match="has no README.md"):
@@ -343,13 +396,58 @@ def test_the_card_is_checked_first(hub, folder):
     assert not hub.repos
 
 
+def test_a_card_for_no_place_yet_is_published_with_a_note(hub, folder, capsys):
+    edit_card(folder, '"lab/cup"', '"your-name/your-policy"')
+    upload.main(["lab/cup", str(folder)])
+    assert "says your-name/your-policy: `openvla export --repo-id lab/cup` would name it" in capsys.readouterr().out
+    assert_whole(hub, folder, hub.history("lab/cup")[-1])
+
+
+def test_only_pictures_of_the_card_are_published(hub, folder, capsys):
+    (folder / "assets").mkdir()
+    for name in ("shown.png", "with blank.png", "old.png", "notes.txt", ".hidden"):
+        (folder / "assets" / name).write_bytes(name.encode() + TOKEN.encode() * (name == "notes.txt"))
+    edit_card(folder, more='![It](assets/shown.png) <img src="assets/with%20blank.png">\n')
+    upload.main(["lab/cup", str(folder)])
+    commit = hub.history("lab/cup")[-1]
+    assert {name for name in commit["files"] if "/" in name} == {"assets/shown.png", "assets/with blank.png"}
+    assert hub.content("lab/cup", commit, "assets/shown.png") == b"shown.png"
+    note = "note: README.md does not mention assets/notes.txt, assets/old.png: not published"
+    assert note in capsys.readouterr().out
+    edit_card(folder, more="See assets/notes.txt.\n")
+    with pytest.raises(ValueError, match="assets/notes.txt contains what looks like a token"):
+        upload.main(["lab/cup", str(folder)])
+    assert len(hub.history("lab/cup")) == 2
+
+
+def test_links_out_of_the_folder_are_refused(hub, folder, tmp_path):
+    (tmp_path / "secret").write_text("of this machine")
+    (folder / "inside.json").symlink_to("config.json")
+    assert published_files(folder)["inside.json"].read_bytes() == (folder / "config.json").read_bytes()
+    for link, target in (("notes.txt", tmp_path / "secret"), ("everything", tmp_path)):
+        (folder / link).symlink_to(target)
+        with pytest.raises(ValueError, match=f"{link} is a link to {target}, outside of the folder"):
+            upload.main(["lab/cup", str(folder)])
+        (folder / link).unlink()
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", '{"files": 3}', '{"files"'])
+def test_what_is_no_proof_is_refused(record, folder):
+    (folder / ".proof.json").write_text(record)
+    with pytest.raises(ValueError, match=r".proof.json is no record .* export it again"):
+        check_proof(folder)
+
+
 def test_a_card_on_the_hub_can_be_kept(hub, folder):
     upload.main(["lab/cup", str(folder)])
     hub.write("lab/cup", {"README.md": b"---\nlicense: mit\n---\nBetter words.\n"})
     change_weights(folder)
+    edit_card(folder, '"lab/cup"', '"lab/bowl"')  # would be refused if it were to be published
     upload.main(["lab/cup", str(folder), "--keep-card"])
     commit = hub.history("lab/cup")[-1]
     assert hub.content("lab/cup", commit, "README.md").endswith(b"Better words.\n")
+    edit_card(folder, '"lab/bowl"', '"lab/cup"')
     upload.main(["lab/cup", str(folder)])
     assert_whole(hub, folder, hub.history("lab/cup")[-1])
 
@@ -379,6 +477,44 @@ def test_tokens_that_do_not_do(token, message, hub, exported, monkeypatch, tmp_p
     assert not hub.repos
     upload.main(["lab/cup", str(exported), "--token", "hf_write"])
     assert len(hub.history("lab/cup")) == 2
+
+
+@pytest.mark.parametrize("given", ["hf_write ", "hf_write\n", " hf_write\r\n"])
+def test_blanks_around_a_token_are_no_matter(given, hub, exported):
+    upload.main(["lab/cup", str(exported), "--token", given])
+    assert len(hub.history("lab/cup")) == 2
+
+
+@pytest.mark.parametrize("given", [f"{TOKEN} x", f"{TOKEN}\r\nx", f"{TOKEN}\x00", f"{TOKEN}\u200b", f"é{TOKEN}"])
+def test_tokens_that_cannot_be_are_not_printed(given, hub, exported, capsys):
+    with pytest.raises(ValueError, match="The token has blanks, line ends or other characters") as refused:
+        upload.main(["lab/cup", str(exported), "--token", given])
+    captured = capsys.readouterr()
+    assert TOKEN not in str(refused.value) + captured.out + captured.err
+    assert not hub.requests
+
+
+def test_no_message_tells_a_token(hub, capsys, impatient):
+    broken = remote.Remote(api(hub, "hf_write"), "lab/cup")
+    answers = iter([OSError(f"Illegal header b'Bearer hf_write' {TOKEN}"), OSError(f"again hf_write, {TOKEN}")] * 2)
+
+    def ask():
+        raise next(answers)
+
+    with pytest.raises(remote.HubError, match="Illegal header b'Bearer hf_…' hf_…. Nothing was published") as stop:
+        broken._ask(ask)
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[1] == "OSError: again hf_…, hf_…; asking again in 8 s"
+    assert all(token not in printed + str(stop.value) for token in ("hf_write", TOKEN))
+
+
+def test_a_space_that_cannot_be_is_refused_before_the_model_is_published(hub, exported):
+    api(hub, "hf_other").create_repo("stranger/show", repo_type="space", space_sdk="gradio", private=False)
+    with pytest.raises(remote.HubError, match="may not write to stranger/show"):
+        upload.main(["lab/cup", str(exported), "--space", "stranger/show"])
+    with pytest.raises(remote.HubError, match="may not make .*/spaces/stranger/new.* it is lab's.* not as stranger"):
+        upload.main(["lab/cup", str(exported), "--space", "stranger/new"])
+    assert ("models", "lab/cup") not in hub.repos and not hub.count("put", "put_part")
 
 
 def test_a_change_by_somebody_else_is_not_overwritten(hub, folder):
