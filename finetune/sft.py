@@ -174,15 +174,8 @@ def describe_dataset(source: Source, names: list[str] | None, units: list[str] |
 
 def check_options(args: FinetuneArguments, config) -> None:
     """Mends what a YAML file may hold; raises ValueError for what would do nothing, or harm."""
-    for name in (
-        "data",
-        "weights",
-        "mask",
-        "cameras",
-        "decay_steps",
-        "action_names",
-        "action_units",
-    ):  # one value instead of a list of one
+    lists = ("data", "weights", "mask", "cameras", "decay_steps", "action_names", "action_units")
+    for name in lists:  # one value instead of a list of one
         value = getattr(args, name)
         if value is not None and not isinstance(value, list):
             setattr(args, name, [value])
