@@ -274,14 +274,13 @@ def name_action_dims(norm_stats: dict, unnorm_key: str) -> list[tuple[str, str]]
     Metres and radians are said of datasets known to use them only. Anything else is just numbered.
     """
     stats = norm_stats[unnorm_key]["action"]
-    low = next(stats[name] for name in ("q01", "min", "mean") if name in stats)
-    high = next(stats[name] for name in ("q99", "max", "mean") if name in stats)
-    dim = len(low)
+    low, high = (stats.get(names[0], stats.get(names[1])) for names in (("q01", "min"), ("q99", "max")))
+    dim = len(stats["mean"] if low is None else low)
     if "names" in stats:
         return list(zip(stats["names"], stats.get("units", [""] * dim)))
     if dim != 7 or list(stats.get("mask", [])) != [True] * 6 + [False]:
         return [(f"action {index}", "") for index in range(dim)]
-    if not unnorm_key.startswith(_OPENVLA_DATASETS) or low[6] < 0 or high[6] > 1:
+    if not unnorm_key.startswith(_OPENVLA_DATASETS) or low is None or low[6] < 0 or high is None or high[6] > 1:
         return list(zip([f"{name}?" for name in _END_EFFECTOR], ["dataset units"] * 6 + [""]))
     length, angle = ("m", "rad") if unnorm_key in _METRIC else ("dataset units", "dataset units")
     return list(zip(_END_EFFECTOR, [length] * 3 + [angle] * 3 + ["1 = open"]))

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,6 +39,7 @@ LLM_LICENSES = {  # how llm_backbone_id, or the name in hf_llm_id, begins -> the
 }
 LOCAL_FOLDERS = ("runs", "data", "datasets", "models", "checkpoints", "outputs", "output", "converted", "exported")
 LOCAL_NAMES = re.compile(r"merged|best|adapter|checkpoint-\d+|.*\.(json|hdf5|h5|pt|safetensors)")
+PUBLIC_OWNERS = ("openvla", "moojink", "lerobot", "Stanford-ILIAD")  # on the Hub: what they are said to own, is there
 
 
 @dataclass
@@ -46,9 +48,11 @@ class CardFacts:
 
     Args:
         repo_id: where it will be published, for the code on the card.
-        base_model: Hub id (or folder) that it was made from; None: what the run says.
+        base_model: Hub id (or folder) that it was made from, as the publisher says; None: what was found.
+        base_found: the base that the run or the adapter names: a Hub id or a folder, which look the same.
         base_model_relation: one of `RELATIONS`; None: "finetune" if there was a run.
         datasets: Hub ids, or folders, of which only the last part is named; none: what the run says.
+        source_name: of the exported folder: "merged", "adapter", or "best", "checkpoint-200", … from before the end.
         license: identifier of the Hub (`llama2`, `apache-2.0`, `other`, …); None: by the language model.
         evaluation: as `read_evaluation` gives it.
         training: `run.json` of a fine-tuning run. history: the entries of its `metrics.jsonl`. See `read_run`.
@@ -57,8 +61,10 @@ class CardFacts:
 
     repo_id: str | None = None
     base_model: str | None = None
+    base_found: str | None = None
     base_model_relation: str | None = None
     datasets: list[str] = field(default_factory=list)
+    source_name: str | None = None
     license: str | None = None
     license_name: str | None = None
     license_link: str | None = None
@@ -77,12 +83,33 @@ class CardFacts:
             raise ValueError(f"repo_id must be owner/name, as on the Hub, got {self.repo_id!r}.")
 
     @property
-    def base(self) -> str | None:
-        return self.base_model or self.training.get("model")
+    def base(self) -> tuple[str | None, str | None]:
+        """What it was made from: the place as it was given, and its Hub id if it is on the Hub."""
+        if self.base_model:
+            return self.base_model, given_id(self.base_model)
+        found = self.base_found or self.training.get("model")
+        return found, self._found_id(found)
 
     @property
-    def data(self) -> list[str]:
-        return list(self.datasets or self.training.get("data") or [])
+    def data(self) -> list[tuple[str, str | None]]:
+        """What it was trained on: places and Hub ids, as in `base`."""
+        if self.datasets:
+            return [(place, given_id(place)) for place in self.datasets]
+        return [(place, self._found_id(place)) for place in listed(self.training.get("data"))]
+
+    def _found_id(self, place: str | None) -> str | None:
+        """Hub id of what a run or an adapter names, if it is known to be public.
+
+        `ckpts/openvla-7b` could be a folder of where the run was, and whether it exists here says nothing about that.
+        """
+        name = hub_id(place)
+        is_public = name and name.partition("/")[0] in PUBLIC_OWNERS
+        return name if is_public or place in listed(self.training.get("hub")) else None
+
+    @property
+    def is_from_the_end(self) -> bool:
+        """Whether the weights are those that the run ended with."""
+        return self.source_name in (None, "merged", "adapter")
 
 
 @dataclass
@@ -127,14 +154,20 @@ class Policy:
     def rate(self, key: str) -> float | None:
         """Steps per second: as the statistics declare, or as known of the dataset."""
         declared = self.norm_stats[key].get("control_frequency")
-        return declared or CONTROL_RATES.get(key) or (LIBERO_RATE if key.startswith("libero_") else None)
+        if is_number(declared) and declared > 0:
+            return declared
+        return CONTROL_RATES.get(key) or (LIBERO_RATE if key.startswith("libero_") else None)
 
     def declares_dims(self, key: str) -> bool:
         return "names" in self.norm_stats[key]["action"]
 
     def has_gripper(self, key: str) -> bool:
-        """Whether the dims are taken for OpenVLA's convention: x y z roll pitch yaw gripper, 1 = open."""
+        """Whether the last dim is known for a gripper with 1 = open."""
         return self.dims[key][-1] == ("gripper", "1 = open")
+
+    def guesses_dims(self, key: str) -> bool:
+        """Whether the names of the dims are no more than a guess: `name_action_dims` marks those by "?"."""
+        return not self.declares_dims(key) and any(name.endswith("?") for name, _ in self.dims[key])
 
 
 def read_policy(folder: Path) -> Policy:
@@ -170,14 +203,33 @@ def read_policy(folder: Path) -> Policy:
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """`training` and `history` of `CardFacts` from a run of `openvla finetune`. FileNotFoundError if it is none."""
+    """`training` and `history` of `CardFacts` from a run of `openvla finetune`.
+
+    Raises FileNotFoundError if it is none, and ValueError for broken files; but a run that was killed may have written
+    half of its last line of metrics.
+    """
     folder = Path(folder)
     if not (folder / "run.json").exists():
         raise FileNotFoundError(f"{folder} has no run.json: expected the --output_dir of `openvla finetune`.")
-    lines = []
-    if (folder / "metrics.jsonl").exists():
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return json.loads((folder / "run.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
+    training = _object((folder / "run.json").read_bytes(), str(folder / "run.json"))
+    metrics, history = folder / "metrics.jsonl", []
+    *lines, unfinished = metrics.read_bytes().split(b"\n") if metrics.exists() else [b""]
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            history.append(_object(line, f"{metrics}, line {number}"))
+    with suppress(ValueError):
+        history += [_object(unfinished, str(metrics))] if unfinished.strip() else []
+    return training, history
+
+
+def _object(text: bytes, where: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError as error:  # also bytes that are no UTF-8
+        raise ValueError(f"{where} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {str(found)[:80]!r}.")
+    return found
 
 
 def read_evaluation(path: Path) -> list[dict]:
@@ -232,17 +284,24 @@ def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def hub_id(place: str | None) -> str | None:
-    """`owner/name` of a place that is on the Hub, as far as one can tell; None for folders and files.
+def listed(value) -> list:
+    """The entries of a run's field that may be missing, null, or a single text."""
+    return [value] if isinstance(value, str) else [entry for entry in value or [] if entry]
 
-    `runs/cup` could be either. What exists here, or is called as folders are, is taken for local: a missing link harms
-    less than a wrong one.
-    """
+
+def given_id(place: str) -> str | None:
+    """`hub_id` of what the publisher names, unless it exists here."""
+    name = hub_id(place)
+    return name if name and not Path(place).exists() and not Path(name).exists() else None
+
+
+def hub_id(place: str | None) -> str | None:
+    """`owner/name` of a place that could be on the Hub; None for what is called as folders and files are."""
     name = (place or "").partition("@")[0]  # @revision
     owner, _, rest = name.partition("/")
     if not rest or not owner[:1].isalnum() or owner.lower() in LOCAL_FOLDERS or LOCAL_NAMES.fullmatch(rest):
         return None
-    return name if _is_repo_id(name) and not Path(name).exists() else None
+    return name if _is_repo_id(name) else None
 
 
 def _is_repo_id(name: str) -> bool:

@@ -2,13 +2,22 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from openvla.hub_upload.card_facts import CardFacts, Example, Policy, hub_id, is_number, is_rate
+from openvla.hub_upload.card_facts import (
+    PUBLIC_OWNERS,
+    CardFacts,
+    Example,
+    Policy,
+    hub_id,
+    is_number,
+    is_rate,
+    listed,
+)
 
 PLACEHOLDER = "your-name/your-policy"  # in the code of cards of which nobody knows yet where they go
 MOST_OPEN = 3  # tables of so many datasets are open; more are folded up
@@ -17,8 +26,8 @@ MOST_STEPS = 8  # columns of an example's table
 BODY = """\
 # {name}
 
-A policy for a robot arm: it looks at a camera picture, reads an instruction such as "pick up the cup", and answers
-with the next motion of the arm. It is an [OpenVLA](https://arxiv.org/abs/2406.09246) vision-language-action model; the
+A policy for a robot arm: it looks at {sight}, reads an instruction such as "pick up the cup", and answers
+with {motion} of the arm. It is an [OpenVLA](https://arxiv.org/abs/2406.09246) vision-language-action model; the
 code that runs it on today's `transformers` lies beside the weights.
 
 {overview}
@@ -38,10 +47,10 @@ version you have read. On transformers 4.57 the class is also called `AutoModelF
 
 {examples}
 
-## What the picture must look like
+## What the picture{plural} must look like
 
-As in the training data: same kind of camera, same place, upright, RGB, 8 bits. {cameras} Pass it as the camera gives
-it; the processor does the rest, as `preprocessor_config.json` declares. {stages}
+As in the training data: same kind of camera, same place, upright, RGB, 8 bits. {cameras} Pass pictures as the
+camera gives them; the processor does the rest, as `preprocessor_config.json` declares. {stages}
 
 {crop_hint}
 
@@ -68,7 +77,7 @@ it; the processor does the rest, as `preprocessor_config.json` declares. {stages
   task is done or impossible: it answers any picture with a motion.
 - **Instructions** are lower-cased, and were in English in OpenVLA's training. Sentences unlike those of the data may
   be misunderstood or ignored.
-- **It remembers nothing**: an answer comes from the present picture and the instruction alone.
+- **It remembers nothing**: an answer comes from {inputs} alone.
 
 Before a real robot moves: limit speed, workspace and force in its own controller, keep people out of reach and a hand
 on the emergency stop, and try it slowly first. This is research software without any warranty, not made for uses in
@@ -120,13 +129,20 @@ else is declared here."""
 
 def write_body(policy: Policy, facts: CardFacts, examples: Sequence[Example], name: str) -> str:
     """All of the card below its metadata."""
+    cameras, chunk = policy.config.num_cameras, policy.config.action_chunk
+    inputs = ["the present picture" + "s" * (cameras > 1), "the instruction"]
+    inputs = ["the robot's present state", *inputs] if policy.config.proprio_dim else inputs
     text = BODY.format(
         name=escape(name),
+        plural="s" * (cameras > 1),
+        sight="a camera picture" if cameras == 1 else f"{cameras} camera pictures",
+        motion="the next motion" if chunk == 1 else f"the next {chunk} motions",
+        inputs=f"{', '.join(inputs[:-1])} and {inputs[-1]}",
         overview=_overview(policy, facts),
         code=_code_to_act(policy, facts, examples),
         usage=_usage(policy, facts),
         examples=_examples(policy, examples),
-        cameras=_cameras(facts),
+        cameras=_cameras(policy, facts),
         stages=_stages(policy),
         crop_hint=_crop_hint(policy),
         actions=_actions(policy),
@@ -162,7 +178,7 @@ def _overview(policy: Policy, facts: CardFacts) -> str:
     llm, sizes = code(policy.llm, in_table=True), config.text_config
     parts = ", ".join(f"{escape(part)} {count:,}" for part, count in parameters.most_common())
     rows = {
-        "made from": linked(facts.base),
+        "made from": linked(*facts.base),
         "takes": takes,
         "answers": f"{steps} at a time, {head}",
         "prompt": code(policy.prompt.replace("\n", "\\n"), in_table=True) if policy.prompt else "unknown",
@@ -182,11 +198,15 @@ def _code_to_act(policy: Policy, facts: CardFacts, examples: Sequence[Example]) 
         image = f'[Image.open(f"camera_{{number}}.png").convert("RGB") for number in range({cameras})]'
     act = "# it has no statistics of actions: fine-tune it before it can act"
     if policy.norm_stats:
-        key = examples[0].unnorm_key if examples else next(iter(policy.norm_stats))
-        names = [name for name, _ in policy.dims[key]]
+        keys = [examples[0].unnorm_key] if examples else list(policy.norm_stats)
+        key = _quoted(keys[0])
+        names = [name for name, _ in policy.dims[keys[0]]]
         shape = (len(names),) if policy.config.action_chunk == 1 else (policy.config.action_chunk, len(names))
-        act = f"action = model.predict_action(**inputs, unnorm_key={_quoted(key)})\n"
-        act += f"print(action)  # {shape}: {one_line(' '.join(names))}"
+        told = f"{shape}: {one_line(' '.join(names))}"
+        act = ""
+        if len(keys) > 1:  # which robot it is, nobody but the reader knows: "…" raises a KeyError that lists the keys
+            act, key, told = 'unnorm_key = "…"  # one of the datasets below\n', "unnorm_key", "in that dataset's units"
+        act += f"action = model.predict_action(**inputs, unnorm_key={key})\nprint(action)  # {told}"
     dtype = policy.dtypes.most_common(1)[0][0]
     return CODE.format(
         repository=_quoted(facts.repo_id or PLACEHOLDER),
@@ -230,19 +250,19 @@ def _examples(policy: Policy, examples: Sequence[Example]) -> str:
         blocks.append(table(["dim", *values, "unit"], rows))
         if len(actions) > MOST_STEPS:
             blocks.append(f"The first {MOST_STEPS} of {len(actions)} steps.")
-    blocks.append(
-        "Where the camera stands is unknown to the policy, so nothing is projected into the picture. The compass "
-        "shows the robot's own frame from above, x up and y to the left; the bars lie within the range of the dataset."
-    )
+    told = "Where a camera stands is unknown to the policy, so nothing is projected into the picture. "
+    if any({"x", "y"} <= {name for name, _ in policy.dims[example.unnorm_key]} for example in examples):
+        told += "The compass shows the robot's own frame from above, x up and y to the left. "
+    blocks.append(f"{told}The bars lie within the range of the dataset.")
     return "\n\n".join(blocks)
 
 
 # --- What goes in and comes out --------------------------------------------------------------------------------------
-def _cameras(facts: CardFacts) -> str:
-    cameras = facts.training.get("cameras")
-    return (
-        f"It was trained on {', '.join(map(code, cameras))}." if cameras else "Which camera that was is not recorded."
-    )
+def _cameras(policy: Policy, facts: CardFacts) -> str:
+    if cameras := [str(camera) for camera in listed(facts.training.get("cameras"))]:
+        return f"It was trained on {', '.join(map(code, cameras))}."
+    asked = "Which camera that was" if policy.config.num_cameras == 1 else "Which cameras those were, in which order,"
+    return f"{asked} is not recorded."
 
 
 def _stages(policy: Policy) -> str:
@@ -261,9 +281,10 @@ def _stages(policy: Policy) -> str:
         "letterbox": f"padded to a square and resized to {size} pixels",
     }
     stages.append(f"{shapes[processor.image_resize_strategy]} ({processor.interpolations[0]})")
+    start = "The picture is" if policy.config.num_cameras == 1 else "Each picture is"
     if len(stages) == 1:
-        return f"The picture is {stages[0]}."
-    return "The picture is\n\n" + "\n".join(f"{number}. {stage}" for number, stage in enumerate(stages, start=1))
+        return f"{start} {stages[0]}."
+    return f"{start}\n\n" + "\n".join(f"{number}. {stage}" for number, stage in enumerate(stages, start=1))
 
 
 def _crop_hint(policy: Policy) -> str:
@@ -297,14 +318,17 @@ def _actions(policy: Policy) -> str:
         else:
             block = f"**{code(key)}**: {block}"
         blocks.append(block)
+    pace, chunk = "Ask for a motion as often as that", policy.config.action_chunk
+    if chunk > 1:
+        pace = f"One answer covers {chunk} steps: carry out its steps at that rate, one after the other"
     unknown = " Where it is unknown, look it up in the dataset." if any(row[2] == "unknown" for row in rows) else ""
     return "\n\n".join(
         [
             "The policy answers in numbers from -1 to 1. The statistics of a dataset turn them into its units: -1 and "
             f"1 become its {' and '.join(ENDS[policy.config.action_normalization])}. Unscaled dims stay as they are.",
             table(["unnorm_key", "dims", "rate", "episodes", "steps", "gripper"], rows),
-            "The rate is that of the data. Ask for a motion as often as that: otherwise the robot moves faster or "
-            f"slower than it was shown.{unknown}",
+            f"The rate is that of the data. {pace}: otherwise the robot moves faster or slower than it was shown."
+            f"{unknown}",
             *blocks,
         ]
     )
@@ -326,14 +350,13 @@ def _convention(policy: Policy, key: str) -> str:
     """Where the names and units of the dims come from."""
     if policy.declares_dims(key):
         return "names and units are those that the dataset declares."
-    if not policy.has_gripper(key):
-        return "the dataset names no dims; they come in the order of its actions."
-    if _is_of_openvla(key):
+    if policy.has_gripper(key):
         return "the convention of OpenVLA's own training data."
-    return (
-        "the dataset names no dims. Seven of which the last is not scaled are taken for OpenVLA's convention: check "
-        "that before a robot moves."
-    )
+    if policy.guesses_dims(key):
+        return (
+            "the checkpoint names no dims: these names are guessed from their number, so check before a robot moves."
+        )
+    return "the checkpoint names no dims; they come in the order of the dataset's actions."
 
 
 def _gripper(policy: Policy, key: str) -> str:
@@ -341,14 +364,7 @@ def _gripper(policy: Policy, key: str) -> str:
         return "see below" if policy.declares_dims(key) else "unknown"
     if policy.stats[key].constant[-1]:
         return "constant in the data"
-    return "1 = open" if policy.declares_dims(key) or _is_of_openvla(key) else "1 = open, presumably"
-
-
-def _is_of_openvla(key: str) -> bool:
-    """Whether OpenVLA's own transforms made this dataset's actions."""
-    from openvla.finetune.oxe import ACTIONS
-
-    return key in ACTIONS or f"{key}_no_noops" in ACTIONS
+    return "1 = open"
 
 
 # --- How it was made, and how well it does ---------------------------------------------------------------------------
@@ -370,26 +386,40 @@ SETTINGS = {  # of run.json
 
 
 def _training(facts: CardFacts) -> str:
-    run, data = facts.training, ", ".join(linked(place, "datasets/") for place in facts.data)
+    run, data = facts.training, ", ".join(linked(*place, "datasets/") for place in facts.data)
     if not run:
         told = f"Trained on {data}. How is unknown" if data else "Unknown"
         return f"{told}: no record of a run came with these weights."
-    amounts = "; ".join(f"{len(part):,} episodes, {sum(part):,} steps" for part in run.get("lengths") or [])
-    steps = max((entry.get("step", 0) for entry in facts.history), default=0)
-    rows = {"start": linked(facts.base), "data": data or "unknown", "trained on": amounts or "unknown"}
-    rows["mode"] = escape(str(run.get("mode", "unknown")))
+    amounts = "; ".join(f"{len(part):,} episodes, {sum(part):,} steps" for part in listed(run.get("lengths")))
+    rows = {"start": linked(*facts.base), "data": data or "unknown", "trained on": amounts or "unknown"}
+    rows["mode"] = escape(str(run.get("mode") or "unknown"))
     if run.get("mode") in ("lora", "qlora"):
-        alpha = run.get("lora_alpha") or min(run["lora_rank"], 16)
-        where = "all linear layers but the head" + ("" if run.get("lora_vision", True) else " and the vision towers")
-        where += "; the head itself, whole" if run.get("lora_head") else ""
-        rows["adapter"] = f"rank {run['lora_rank']}, alpha {alpha}, dropout {run.get('lora_dropout', 0):g}, on {where}"
-    rows["optimizer steps"] = f"{steps:,}" if steps else "unknown"
+        rows["adapter"] = _adapter(run)
+    if facts.is_from_the_end:
+        steps = max((entry["step"] for entry in facts.history if is_number(entry.get("step"))), default=0)
+        rows["optimizer steps"] = f"{steps:,}" if steps else "unknown"
     for name, told in SETTINGS.items():
         if (value := run.get(name)) is not None:
             rows[told] = ("yes" if value else "no") if isinstance(value, bool) else escape(str(value))
-    if losses := [entry for entry in facts.history if "loss" in entry]:
+    if not facts.is_from_the_end:
+        return (
+            f"{facts_table(rows)}\n\nThe weights are those of {code(_last_part(facts.source_name))}, which the run "
+            "saved before its end: how it ended says nothing about them, and is left out."
+        )
+    if losses := [entry for entry in facts.history if is_number(entry.get("loss"))]:
         rows["last loss"] = f"{losses[-1]['loss']:.4f}, at step {losses[-1].get('step', 'unknown')}"
     return f"{facts_table(rows)}\n\n{_scores(facts.history)}"
+
+
+def _adapter(run: dict) -> str:
+    """Rank and places of LoRA. A null `lora_alpha` stands for min(rank, 16)."""
+    rank, alpha, dropout = (run.get(f"lora_{name}") for name in ("rank", "alpha", "dropout"))
+    alpha = alpha or (min(rank, 16) if rank and "lora_alpha" in run else None)
+    told = [("rank", rank), ("alpha", alpha), ("dropout", f"{dropout:g}" if is_number(dropout) else dropout)]
+    where = "all linear layers but the head" + ("" if run.get("lora_vision") else " and the vision towers")
+    where = "layers that are not recorded" if run.get("lora_vision") is None else where
+    where += "; the head itself, whole" if run.get("lora_head") else ""
+    return ", ".join(f"{name} {'unknown' if value is None else value}" for name, value in told) + f", on {where}"
 
 
 def _scores(history: list[dict]) -> str:
@@ -420,7 +450,7 @@ def _scores(history: list[dict]) -> str:
 def _evaluation(facts: CardFacts) -> str:
     if not facts.evaluation:
         return "Unknown: no result of letting it act, in simulation or on a robot, came with it."
-    rows = []
+    rows, known = [], {facts.repo_id, *(name for _, name in [facts.base, *facts.data])}
     for result in facts.evaluation:
         scale, form = (100, "{:.1f} %") if is_rate(result["metric"]) else (1, "{:.4g}")
         low, high = result.get("interval") or (None, None)
@@ -430,7 +460,7 @@ def _evaluation(facts: CardFacts) -> str:
         elif "source" in result:
             how.append(escape(without_paths(result["source"])))
         if "command" in result:
-            how.append(code(_shorten_command(result["command"]), in_table=True))
+            how.append(code(clean_command(result["command"], known), in_table=True))
         told = [form.format(scale * result["value"])]
         told.append("unknown" if low is None else f"{form.format(scale * low)} to {form.format(scale * high)}")
         told.append(f"{result['episodes']:,}" if result.get("episodes") else "unknown")
@@ -496,11 +526,11 @@ def code(text: str, in_table: bool = False) -> str:
     return f"{fence}{pad}{text.replace('|', chr(92) + '|') if in_table else text}{pad}{fence}"
 
 
-def linked(place: str | None, kind: str = "") -> str:
-    """A link to the Hub, or only the last part of what is a path here."""
+def linked(place: str | None, name: str | None, kind: str = "") -> str:
+    """A link to the Hub if the place has a `name` there; else only the last part of what is a path somewhere."""
     if not place:
         return "unknown"
-    if name := hub_id(place):
+    if name:
         return f"[{escape(place)}](https://huggingface.co/{kind}{name})"
     return f"{code(_last_part(place), in_table=True)} (local)"
 
@@ -511,22 +541,44 @@ def address(result: dict) -> str | None:
     return source if re.fullmatch(r"https?://[^\s()<>|]+", source) else None
 
 
+# Absolute, from the home or present folder, Windows', network shares, file:// addresses, and folders of other machines
+_PATH = r"""(?:file://|~/|\.\.?[/\\]|/(?=[^\s/]+/)|[A-Za-z]:[\\/](?!/)|\\\\(?=[^\s\\])|[\w.-]+@[\w.-]+:(?!\d))"""
+_VALUE = r"""(?:"[^"]*"|'[^']*'|\S)+"""
+_SECRET = r"(?!-*unnorm[-_]key\b)[\w.+-]*(?:key|token|secret|password)[\w.-]*"
+
+
 def without_paths(text: str) -> str:
-    """Absolute paths, and those from the home or present folder, shrink to their last part; addresses stay."""
-    path = r"(?<![\w:/.~-])(?:(?:~|\.\.?)/|/(?=[^\s/]+/)|[A-Za-z]:\\)[^\s'\"`|,;)]+"
+    """Paths that are told as such shrink to their last part; addresses, and what could be a Hub id, stay."""
+    path = rf"(?<![\w:/\\.~@-]){_PATH}[^\s'\"`|,;)]+"
     return re.sub(path, lambda match: _last_part(match[0]), text)
 
 
-def _shorten_command(command: str) -> str:
-    """Every path shrinks to its last part; addresses and Hub ids stay."""
+def clean_command(command: str, known: Collection[str | None] = ()) -> str:
+    """A command without what is nobody's business.
+
+    Paths shrink to their last part; addresses, and ids of public owners or in `known`, stay. Assignments of
+    environment variables go, and so do the values of options that sound secret, but for `unnorm_key`.
+    """
+    start = r"(?<![^\s'\"])"
+    command = re.sub(rf"^(?:[A-Za-z_]\w*={_VALUE}\s+)+", "", one_line(command))
+    command = re.sub(rf"{start}[A-Z_][A-Z0-9_]*={_VALUE}\s*", "", command)
+    command = re.sub(rf"(?i){start}({_SECRET})={_VALUE}", r"\1=…", command)
+    command = re.sub(rf"(?i){start}(?=-)({_SECRET})\s+(?!-){_VALUE}", r"\1 …", command)
 
     def shorten(match: re.Match) -> str:
         word = match[0]
-        is_path = ("/" in word or "\\" in word) and "://" not in word and not hub_id(word)
-        return _last_part(word) if is_path else word
+        if word[0] in "'\"" and not re.match(_PATH, word[1:]):  # a sentence: word by word
+            return word[0] + re.sub(r"[^\s='\"]+", shorten, word[1:-1]) + word[0]
+        plain = word.strip("'\"")
+        name = hub_id(plain)
+        stays = name and (name in known or name.partition("/")[0] in PUBLIC_OWNERS)
+        stays = stays or ("://" in plain and not plain.startswith("file:"))
+        is_path = "/" in plain or "\\" in plain or re.match(_PATH, plain)
+        return word.replace(plain, _last_part(plain)) if is_path and not stays else word
 
-    return re.sub(r"[^\s='\"]+", shorten, one_line(command))
+    return re.sub(r""""[^"]*"|'[^']*'|[^\s='"]+""", shorten, command)
 
 
 def _last_part(place: str) -> str:
-    return PureWindowsPath(PurePosixPath(place).name).name or "unnamed"
+    name = PureWindowsPath(PurePosixPath(place).name).name
+    return (name.rpartition(":")[2] if "@" in name else name) or "unnamed"

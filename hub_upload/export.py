@@ -344,7 +344,9 @@ def main(argv: list[str]) -> None:
         examples = steps_of(args.data, args.name, args.unnorm_key, cameras, training.get("cameras"))
     facts = CardFacts(
         repo_id=args.repo_id,
-        base_model=args.base_model or source.base_model,
+        base_model=args.base_model,
+        base_found=source.base_model,
+        source_name=(source.adapter or source.weights).name if source.run else None,
         datasets=args.datasets or [],
         license=args.license,
         evaluation=read_evaluation(args.evaluation) if args.evaluation else [],

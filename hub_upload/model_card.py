@@ -34,6 +34,7 @@ __all__ = ["CardFacts", "Example", "read_evaluation", "read_run", "validate_card
 
 TAGS = ["robotics", "vision-language-action", "openvla"]
 PIPELINE_TAGS = ("robotics", "image-text-to-text")  # of the Hub's, those that fit
+HUB_TOKEN = r"hf_[A-Za-z0-9]{20,}"
 PICTURE = r"!\[(?:[^\]\\]|\\.)*\]\(([^)]+)\)"  # in Markdown: the file
 
 
@@ -106,6 +107,8 @@ def validate_card(path: Path, ask_hub: bool = False):
     for key in read_policy(folder).norm_stats:
         if code(key) not in card.text and code(key, in_table=True) not in card.text:
             problems.append(f"it says nothing about unnorm_key {key!r}")
+    if re.search(HUB_TOKEN, card.content):
+        problems.append("it tells what looks like a token of the Hub (hf_…): take it out, and revoke it")
     for local in (str(folder.resolve()), str(Path.home())):
         if len(local) > 1 and local in card.content:
             problems.append(f"it tells a path of this machine: {local}")
@@ -140,7 +143,7 @@ def _metadata(policy: Policy, facts: CardFacts, examples: Sequence[Example], nam
     """huggingface_hub's `ModelCardData`. Fields: hub-docs, model-cards.md, models-widgets.md, modelcard.md."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    base, mode = hub_id(facts.base), facts.training.get("mode")
+    (_, base), mode = facts.base, facts.training.get("mode")
     relation = facts.base_model_relation or ("finetune" if facts.training else None)
     widget = []
     for number, example in enumerate(examples, start=1):
@@ -175,7 +178,7 @@ def _metadata(policy: Policy, facts: CardFacts, examples: Sequence[Example], nam
         tags=TAGS + [mode] * (mode in ("lora", "qlora")) + ["action-chunking"] * chunked,
         base_model=base,
         base_model_relation=relation if base else None,
-        datasets=[found for found in map(hub_id, facts.data) if found] or None,
+        datasets=[name for _, name in facts.data if name] or None,
         model_name=name if results else None,
         eval_results=results or None,
         widget=widget or None,

@@ -64,7 +64,14 @@ def run(checkpoint, processor, tmp_path_factory):
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     adapted.merge_and_unload().to(torch.bfloat16).save_pretrained(folder / "merged")
     processor.save_pretrained(folder / "merged")
-    facts = {"model": "openvla/openvla-7b", "data": ["lab/cup"], "mode": "lora", "learning_rate": 5e-4, "batch": 16}
+    facts = {
+        "model": "openvla/openvla-7b",
+        "data": ["lab/cup"],
+        "hub": ["lab/cup"],
+        "mode": "lora",
+        "learning_rate": 5e-4,
+        "batch": 16,
+    }
     facts |= {"lora_rank": 4, "lora_alpha": None, "lora_dropout": 0.0, "lora_vision": True, "lora_head": True}
     (folder / "run.json").write_text(json.dumps(facts))
     return folder

@@ -20,7 +20,7 @@ import openvla
 from openvla.action_tokenizer import name_action_dims
 from openvla.finetune.oxe import ACTIONS
 from openvla.hub_upload.card_facts import CONTROL_RATES, hub_id
-from openvla.hub_upload.card_text import code, escape, without_paths
+from openvla.hub_upload.card_text import clean_command, code, escape, without_paths
 from openvla.hub_upload.model_card import (
     CardFacts,
     Example,
@@ -37,6 +37,7 @@ RESULT = {"dataset": "libero_spatial", "metric": "success_rate", "value": 0.847}
 RUN = {
     "model": "openvla/openvla-7b",
     "data": ["lab/pick_cup@v3.0", "/home/somebody/robots/secret_lab/pour"],
+    "hub": ["lab/pick_cup@v3.0"],
     "mode": "lora",
     "lora_rank": 32,
     "lora_alpha": None,
@@ -202,10 +203,51 @@ def test_what_is_an_id_of_the_hub(place, expected):
     assert hub_id(place) == expected
 
 
-def test_what_exists_here_is_taken_for_local(tmp_path, monkeypatch):
+def test_what_the_publisher_names_is_on_the_hub_unless_it_exists_here(folder, tmp_path, monkeypatch):
     (tmp_path / "lab" / "pick_cup").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert hub_id("lab/pick_cup") is None and hub_id("lab/other") == "lab/other"
+    given = {"base_model": "lab/pick_cup", "datasets": ["lab/pick_cup", "lab/other@main"]}
+    data, text = write(folder, **given, base_found="openvla/openvla-7b", training=RUN)
+    assert "base_model" not in data and "base_model_relation" not in data and data["datasets"] == ["lab/other"]
+    told = "`pick_cup` (local), [lab/other@main](https://huggingface.co/datasets/lab/other)"
+    assert facts_of(text)["data"] == told and facts_of(text)["made from"] == "`pick_cup` (local)"
+
+
+@pytest.mark.parametrize("found", [None, "ckpts/openvla-7b"])
+def test_what_a_run_names_is_local_wherever_the_card_is_written(folder, tmp_path, monkeypatch, found):
+    """`ckpts/openvla-7b` is a folder of where the run was: from elsewhere it looks like an id of the Hub."""
+    training = RUN | {"model": "ckpts/openvla-7b", "data": ["secret_lab/pick_cup"], "hub": []}
+    cards = []
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        monkeypatch.chdir(tmp_path / place)
+        (tmp_path / "one" / "ckpts" / "openvla-7b").mkdir(parents=True, exist_ok=True)
+        cards.append(write(folder, base_found=found, training=training))
+    assert cards[0] == cards[1]
+    data, text = cards[0]
+    assert "base_model" not in data and "datasets" not in data
+    assert "ckpts" not in text and "secret_lab" not in text
+    told = facts_of(text)
+    assert (told["made from"], told["data"]) == ("`openvla-7b` (local)", "`pick_cup` (local)")
+
+
+@pytest.mark.parametrize("owner", ["openvla", "moojink", "lerobot", "Stanford-ILIAD"])
+def test_what_a_run_names_is_linked_if_it_is_known_to_be_public(folder, owner):
+    place = f"{owner}/thing"
+    data, text = write(folder, training={"model": "runs/x", "data": place, "hub": None}, base_found=place)
+    assert data["base_model"] == place and data["datasets"] == [place]
+    assert facts_of(text)["made from"] == f"[{place}](https://huggingface.co/{place})"
+    data, _ = write(folder, training={"model": f"{owner}s/thing", "data": [f"{owner}/best", "a/b"], "hub": ["a/b"]})
+    assert "base_model" not in data and data["datasets"] == ["a/b"]
+
+
+def test_what_a_run_read_from_the_hub_is_linked(folder, tmp_path, monkeypatch):
+    (tmp_path / "lab" / "base").mkdir(parents=True)  # that the same exists here says nothing about there
+    monkeypatch.chdir(tmp_path)
+    data, _ = write(folder, training={"model": "lab/base", "hub": ["lab/base"]})
+    assert data["base_model"] == "lab/base" and data["base_model_relation"] == "finetune"
+    data, _ = write(folder, training={"model": "other/base", "hub": ["lab/base"]}, base_found="lab/base")
+    assert data["base_model"] == "lab/base"
 
 
 # --- What the files say ---
@@ -213,14 +255,62 @@ def test_tables_hold_the_statistics(folder):
     _, text = write(folder)
     rows = [[cell.strip() for cell in row] for part in tables(text) for row in part]
     assert ["`bridge_orig`", "7", "5 Hz", "60,064", "2,135,463", "1 = open"] in rows
-    assert ["`toy_robot`", "7", "unknown", "10", "1,000", "1 = open, presumably"] in rows
+    assert ["`toy_robot`", "7", "unknown", "10", "1,000", "unknown"] in rows
     assert ["`toy_nomask_6d`", "6", "unknown", "1", "10", "unknown"] in rows
     assert ["dim", "unit", "1st percentile", "99th percentile", "scaled", "remark"] in rows
     assert ["x", "m", "-0.028727", "0.02831", "yes", ""] in rows
     assert ["yaw", "rad", "-0.20718", "0.20383", "yes", ""] in rows
     assert ["gripper", "1 = open", "0", "1", "no", ""] in rows
-    assert ["z", "dataset units", "-1.5", "-0.25", "yes", "0 lies outside: a position rather than a motion?"] in rows
+    assert ["z?", "dataset units", "-1.5", "-0.25", "yes", "0 lies outside: a position rather than a motion?"] in rows
+    assert ["gripper?", "unknown", "-1", "1", "no", ""] in rows
     assert ["action 3", "unknown", "-2", "2", "yes", ""] in rows
+    guessed = "the checkpoint names no dims: these names are guessed from their number, so check before a robot moves."
+    assert text.count(f"**`toy_robot`**: {guessed}\n") == text.count(guessed) == 1
+    assert "**`toy_nomask_6d`**: the checkpoint names no dims; they come in the order" in text
+    assert "**`bridge_orig`**: the convention of OpenVLA's own training data." in text
+
+
+@pytest.mark.parametrize(
+    "key, low, high, declared, is_told",
+    [
+        ("bridge_orig", 0.0, 1.0, False, True),
+        ("bridge_orig", -1.0, 1.0, False, False),
+        ("bridge_orig", 0.0, 1.5, False, False),
+        ("my_robot", 0.0, 1.0, False, False),
+        ("my_robot", -1.0, 1.0, True, True),
+    ],
+)
+def test_what_the_gripper_means_is_told_where_it_is_known(folder, key, low, high, declared, is_told):
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["bridge_orig"]
+    for name, value in (("q01", low), ("min", low), ("q99", high), ("max", high)):
+        stats["action"][name][6] = value
+    if declared:
+        names = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+        stats["action"] |= {"names": names, "units": ["m"] * 3 + ["rad"] * 3 + ["1 = open"]}
+    (folder / "dataset_statistics.json").write_text(json.dumps({key: stats}))
+    _, text = write(folder)
+    assert text.count("1 = open") == (2 if is_told else 0)
+    assert ("guessed from their number" in text) == (not is_told)
+
+
+@pytest.mark.parametrize(
+    "scheme, header, expected",
+    [
+        ("q99", ("1st percentile", "99th percentile"), ("-2", "3")),
+        ("min_max", ("minimum", "maximum"), ("-5", "7")),
+        ("mean_std", ("mean - deviation", "mean + deviation"), ("0.75", "1.25")),
+    ],
+)
+def test_ends_of_the_range_are_called_by_their_name(folder, scheme, header, expected):
+    ends = {"q01": -2.0, "q99": 3.0, "min": -5.0, "max": 7.0, "mean": 1.0, "std": 0.25}
+    stats = {"action": {name: [value] * 2 for name, value in ends.items()}}
+    (folder / "dataset_statistics.json").write_text(json.dumps({"arm": stats}))
+    change(folder / "config.json", action_normalization=scheme)
+    _, text = write(folder)
+    rows = [[cell.strip() for cell in row] for part in tables(text) for row in part]
+    assert ["dim", "unit", *header, "scaled", "remark"] in rows
+    assert [row[2:4] for row in rows if row[0] in ("action 0", "action 1")] == [list(expected)] * 2
+    assert f"-1 and 1 become its {header[0]} and {header[1]}." in text
 
 
 def test_the_overview_counts_the_weights(folder, exported):
@@ -264,9 +354,25 @@ def test_many_datasets_are_folded_up_and_all_are_told(folder):
 
 
 def test_known_rates_are_of_datasets_that_exist():
-    assert len(CONTROL_RATES) == 24 and set(CONTROL_RATES) < set(ACTIONS)
-    chosen = [CONTROL_RATES[name] for name in ("bridge_orig", "fractal20220817_data", "taco_play", "kuka")]
-    assert chosen == [5, 3, 15, 10]
+    assert set(CONTROL_RATES) < set(ACTIONS)
+    rates = """
+        ucsd_kitchen_dataset* 2, fractal20220817_data 3, nyu_franka_play_dataset* 3, bridge_orig 5,
+        berkeley_autolab_ur5 5, dlr_edan_shared_control* 5, kuka 10, jaco_play 10, berkeley_cable_routing 10,
+        roboturk 10, bc_z 10, cmu_stretch 10, stanford_hydra_dataset* 10, furniture_bench_dataset* 10,
+        berkeley_fanuc_manipulation 10, fmb_dataset 10, taco_play 15, austin_buds_dataset* 20,
+        austin_sailor_dataset* 20, austin_sirius_dataset* 20, viola 20, utaustin_mutex 20,
+        iamlab_cmu_pickup_insert* 20, toto 30
+    """
+    pairs = (pair.split() for pair in rates.replace("*", "_converted_externally_to_rlds").split(","))
+    assert {name: int(rate) for name, rate in pairs} == CONTROL_RATES
+
+
+@pytest.mark.parametrize("declared, told", [(12.5, "12.5 Hz"), (None, "5 Hz"), (0, "5 Hz"), ("fast", "5 Hz")])
+def test_a_declared_rate_wins_over_the_known_one(folder, declared, told):
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["bridge_orig"]
+    stats = {"bridge_orig": stats | {"control_frequency": declared}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(stats))
+    assert f"| `bridge_orig` | 7 | {told} |" in write(folder)[1]
 
 
 def test_the_picture_is_told_as_the_processor_makes_it(folder):
@@ -292,6 +398,26 @@ def test_chunks_and_cameras(folder, example):
     assert "for number in range(2)]" in text and "# (10, 7): x y z" in text
     assert facts_of(text)["answers"] == "10 steps (a chunk) at a time, by a head of the kind `l1`"
     assert "| dim | step 1 |" in text and "| step 8 | unit |" in text and "The first 8 of 10 steps." in text
+    assert facts_of(text)["takes"] == "2 camera pictures, in a fixed order, and an instruction"
+    text = " ".join(text.split())
+    assert "it looks at 2 camera pictures, reads an instruction" in text and "the next 10 motions of the arm" in text
+    assert "## What the pictures must look like" in text and "Each picture is resized" in text
+    assert "One answer covers 10 steps: carry out its steps at that rate" in text and "as often as that" not in text
+    assert "comes from the present pictures and the instruction alone" in text
+
+
+def test_one_camera_and_one_step(folder):
+    text = " ".join(write(folder)[1].split())
+    assert "it looks at a camera picture, reads" in text and "the next motion of the arm" in text
+    assert "Ask for a motion as often as that: otherwise" in text and "One answer covers" not in text
+    assert "comes from the present picture and the instruction alone" in text
+
+
+def test_the_state_of_the_robot_is_not_forgotten(folder):
+    change(folder / "config.json", proprio_dim=8)
+    _, text = write(folder)
+    assert facts_of(text)["takes"] == "a camera picture and an instruction, and 8 numbers of the robot's state"
+    assert "comes from the robot's present state, the present picture and the instruction alone" in text
 
 
 # --- The code on the card ---
@@ -312,6 +438,32 @@ def test_the_code_on_the_card_acts(folder, example, model, processor, tmp_path):
     inputs = processor(processor.build_prompt("pick up the cup"), example.image)
     expected = model.predict_action(**inputs, unnorm_key="bridge_orig")
     np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, rtol=0, atol=1e-6)
+
+
+def test_code_for_several_robots_picks_none(folder, example, model, processor):
+    _, text = write(folder)
+    assert 'unnorm_key = "…"  # one of the datasets below\n' in text and "unnorm_key=unnorm_key)" in text
+    inputs = processor(processor.build_prompt("pick up the cup"), example.image)
+    with pytest.raises(KeyError, match="Unknown unnorm_key '…': this checkpoint has statistics for"):
+        model.predict_action(**inputs, unnorm_key="…")
+    _, text = write(folder, [example])
+    assert 'unnorm_key="bridge_orig")' in text and "…" not in text
+    stats = json.loads((folder / "dataset_statistics.json").read_text())
+    (folder / "dataset_statistics.json").write_text(json.dumps({"toy_robot": stats["toy_robot"]}))
+    _, text = write(folder)
+    assert 'unnorm_key="toy_robot")\nprint(action)  # (7,): x? y? z? roll? pitch? yaw? gripper?' in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_code_loads_the_dtype_of_the_weights(folder, dtype):
+    from safetensors.torch import load_file, save_file
+
+    assert "trust_remote_code=True, dtype=torch.bfloat16)" in write(folder)[1]
+    for file in folder.glob("*.safetensors"):
+        weights = {name: weight.to(getattr(torch, dtype)) for name, weight in load_file(file).items()}
+        file.unlink()
+        save_file(weights, file)
+    assert f"trust_remote_code=True, dtype=torch.{dtype})" in write(folder)[1]
 
 
 # --- Training and evaluation ---
@@ -339,6 +491,56 @@ def test_a_run_is_told(folder, tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no run.json"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoint-200"])
+def test_what_is_true_of_the_end_is_not_told_of_other_weights(folder, name):
+    _, text = write(folder, training=RUN, history=HISTORY, source_name=name)
+    told = facts_of(text)
+    assert "optimizer steps" not in told and "last loss" not in told and "| held out" not in text
+    assert f"The weights are those of `{name}`" in text and "0.5123" not in text and "2,000" not in text
+    assert told["learning rate"] == "0.0005"
+    for end in ("merged", "adapter", None):
+        _, text = write(folder, training=RUN, history=HISTORY, source_name=end)
+        assert facts_of(text)["last loss"] == "0.5123, at step 1900" and "| held out pour |" in text
+        assert facts_of(text)["optimizer steps"] == "2,000" and "The weights are those of" not in text
+
+
+@pytest.mark.parametrize("mode", ["lora", "qlora", "full", None])
+def test_fields_that_a_run_lacks_are_unknown(folder, mode):
+    nulls = dict.fromkeys([*RUN, "mixture", "weights"]) | {"mode": mode}
+    for run in (nulls, {"mode": mode, "format": 1}):
+        history = [{"loss": None, "step": None}, {"eval_l1": None, "eval_token_accuracy": None}, {"step": "x"}, {}]
+        data, text = write(folder, training=run, history=history)
+        told = facts_of(text)
+        assert told["start"] == told["data"] == told["trained on"] == told["optimizer steps"] == "unknown"
+        assert told["mode"] == (mode or "unknown") and "last loss" not in told and "None" not in text
+        assert "base_model" not in data and "datasets" not in data
+        if mode in ("lora", "qlora"):
+            rank = "rank unknown, alpha unknown, dropout unknown"
+            assert told["adapter"] == f"{rank}, on layers that are not recorded"
+        else:
+            assert "adapter" not in told
+
+
+def test_a_run_that_was_killed_is_read_and_a_broken_one_refused(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    assert read_run(tmp_path) == ({}, [])
+    metrics = tmp_path / "metrics.jsonl"
+    for end in ("", "\n", '\n{"loss": 0.', "\n5"):
+        metrics.write_text(f'{{"step": 1}}\n\n{{"step": 2}}{end}')
+        assert read_run(tmp_path) == ({}, [{"step": 1}, {"step": 2}])
+    metrics.write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no JSON"):
+        read_run(tmp_path)
+    metrics.write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: expected a JSON object, got '\[2\]'"):
+        read_run(tmp_path)
+    metrics.unlink()
+    for broken in ("{", "[]", ""):
+        (tmp_path / "run.json").write_text(broken)
+        with pytest.raises(ValueError, match="run.json"):
+            read_run(tmp_path)
 
 
 def test_results_are_told_with_their_interval(folder):
@@ -421,7 +623,11 @@ def test_pictures_are_what_was_seen_and_predicted(folder, example):
     dims = name_action_dims({"bridge_orig": {"action": stats}}, "bridge_orig")
     expected = draw_motion(example.image, ACTION, dims, stats)
     np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
-    assert "](assets/example-1.png)" in text and "| yaw | 0.1100 | rad |" in text
+    assert "](assets/example-1.png)" in text and "| yaw | 0.1100 | rad |" in text and "The compass shows" in text
+    example.unnorm_key = "toy_robot"
+    data, text = write(folder, [example])
+    assert "The compass shows" not in text and "| gripper? | 1.0000 | unknown |" in text
+    assert data["widget"][0]["output"]["text"].startswith("toy_robot: x? +0.0123, y? -0.0210")
 
 
 def test_nothing_temporary_and_no_old_picture_is_left(folder, example):
@@ -469,6 +675,44 @@ def test_no_path_of_this_machine_gets_onto_a_card(folder, example, tmp_path):
     assert told["data"] == "`pour` (local), `cup` (local), `wipe` (local)"
     assert "`openvla evaluate --model=m --out b`" in content and "measured in here" in content
     assert "See notes.md, or https://example.org/secret/address." in content
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        ("HF_TOKEN=abc CUDA_VISIBLE_DEVICES=0 openvla evaluate x", "openvla evaluate x"),
+        ("lower='a b' openvla evaluate x", "openvla evaluate x"),
+        ("env WANDB_API_KEY='a b' openvla evaluate x", "env openvla evaluate x"),
+        ("run --hf-token abc --n 5", "run --hf-token … --n 5"),
+        ("run --api_key='a b' --n 5", "run --api_key=… --n 5"),
+        ('run --Password "a b" --my-secret=q wandb.api_key=z', "run --Password … --my-secret=… wandb.api_key=…"),
+        ("run --use-token --n 5", "run --use-token --n 5"),
+        ("run --unnorm-key bridge_orig --unnorm_key=toto", "run --unnorm-key bridge_orig --unnorm_key=toto"),
+        (r"run C:\me\cup D:/me/cup '\\host\me\cup' \\host\me\mug", "run cup cup 'cup' mug"),
+        ('run --model="C:\\My Robots\\a cup"', 'run --model="a cup"'),
+        ("run file:///home/me/cup me@host.lan:runs/cup me@host:cup", "run cup cup cup"),
+        ("run --url=https://example.org/a/b --x=1", "run --url=https://example.org/a/b --x=1"),
+        ("run openvla/openvla-7b lab/cup secret_lab/cup", "run openvla/openvla-7b lab/cup cup"),
+        ("run --say 'put /home/me/cup away' n=5", "run --say 'put cup away' n=5"),
+        ("run --say \"don't\" '/home/me/a b'", "run --say \"don't\" 'a b'"),
+    ],
+)
+def test_commands_tell_no_secrets(folder, command, expected):
+    assert clean_command(command, {"lab/cup", None}) == expected
+    _, text = write(folder, repo_id="lab/cup", evaluation=[RESULT | {"command": command}])
+    assert code(expected) in text
+
+
+def test_paths_of_other_kinds_leave_texts_too():
+    text = r"in \\host\me\a, file:///home/me/b, me@host:runs/c and D:\me\d; https://me.org/x, me@example.org, at 5:30"
+    assert without_paths(text) == "in a, b, c and d; https://me.org/x, me@example.org, at 5:30"
+
+
+def test_a_token_of_the_hub_is_found(folder):
+    path = write_card(folder, CardFacts(notes="Use hf_" + "aB3" * 7))
+    with pytest.raises(ValueError, match="looks like a token of the Hub"):
+        validate_card(path)
+    write(folder, notes="hf_llm_id, hf_abc")
 
 
 def test_texts_that_are_no_paths_stay():
