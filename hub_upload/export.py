@@ -235,7 +235,6 @@ def export(
 
     Returns the record of the proof (empty without one).
     """
-    import numpy as np
     import torch
     import transformers
     from PIL import Image
@@ -272,13 +271,8 @@ def export(
             }
             record, actions = prove(folder.absolute(), told, examples + made, written["same_weights"])
             record |= {"torch": torch.__version__, "transformers": transformers.__version__}
-        shown = [
-            Example(
-                Image.fromarray(np.concatenate(example.images, axis=1)),
-                example.instruction,
-                example.unnorm_key,
-                action,
-            )
+        shown = [  # of several cameras the first, which shows the scene
+            Example(Image.fromarray(example.images[0]), example.instruction, example.unnorm_key, action)
             for example, action in zip(examples, actions)
         ]
         write_card(folder, facts, shown)

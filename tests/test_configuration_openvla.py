@@ -181,7 +181,7 @@ def test_what_this_code_cannot_run_is_refused(declared):
 
 def test_rotary_settings_are_written_for_both_lines_of_transformers(tmp_path):
     scaling = {"rope_type": "linear", "factor": 2.0}
-    text_config = {"model_type": "llama", "vocab_size": 32064, "rope_theta": 5e5, "rope_scaling": scaling}
+    text_config = {"model_type": "llama", "vocab_size": 32064, "rope_theta": 5e5, "rope_scaling": dict(scaling)}
     OpenVLAConfig(text_config=text_config).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert written["rope_theta"] == 5e5 and written["rope_scaling"] == scaling  # what 4.57 reads
