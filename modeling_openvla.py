@@ -290,7 +290,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
-        _refuse_oft(path, hub_kwargs)
+        refuse_oft(path, hub_kwargs)
         for flag in ("load_in_4bit", "load_in_8bit"):  # removed in transformers 5, still passed by old scripts
             if kwargs.pop(flag, False):
                 kwargs["quantization_config"] = BitsAndBytesConfig(**{flag: True})
@@ -837,7 +837,7 @@ def _keep_towers_unquantized(quantization_config):
     return quantization_config
 
 
-def _refuse_oft(path: str, hub_kwargs: dict) -> None:
+def refuse_oft(path: str, hub_kwargs: dict) -> None:
     """OFT needs bidirectional attention and mostly a head of its own, and its config.json does not say so.
 
     Its training leaves `action_head--*.pt` and a folder `lora_adapter` beside the merged weights. A policy that was

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from openvla.hub_upload.weights import TensorInfo
-from openvla.modeling_openvla import OpenVLAForActionPrediction, _refuse_oft
+from openvla.modeling_openvla import OpenVLAForActionPrediction, refuse_oft
 
 PACKAGE = Path(__file__).parent.parent
 HUB_FILES = (
@@ -111,7 +111,7 @@ def refuse_foreign(source: Path) -> None:
     """Raises for folders that are no checkpoint in HF layout, or hold a policy that acts in another way."""
     if not (Path(source) / "config.json").is_file():
         raise FileNotFoundError(f"{source} has no config.json: expected a checkpoint, or a run of openvla finetune.")
-    _refuse_oft(str(source), {})
+    refuse_oft(str(source), {})
 
 
 def read_statistics(source: Path, config) -> dict | None:

@@ -6,7 +6,7 @@ files are opened anew for every tensor, because pages read from a mapped file co
 
 import json
 import os
-import pickle
+import pickle  # for the name of an error only: files are read with weights_only
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
