@@ -1,0 +1,152 @@
+"""The one door for acting: an observation goes in, an action in physical units comes out.
+
+    policy = OpenVLAPolicy.from_pretrained("openvla/openvla-7b", unnorm_key="bridge_orig")
+    result = policy.infer({"images": camera_frame, "instruction": "pick up the cup"})
+    result["actions"]                 # (T, A) float64: metres and radians in bridge_orig, gripper 1 = open
+
+Evaluation in simulators and every server go through it. Legend: T action chunk · A action dims · B observations.
+"""
+
+import time
+
+import numpy as np
+
+KEYS = {"images", "instruction", "proprio"}
+
+
+class OpenVLAPolicy:
+    """A model, its processor and one dataset's statistics.
+
+    Args:
+        model: `OpenVLAForActionPrediction`.
+        processor: `OpenVLAProcessor`.
+        unnorm_key: whose statistics give the units; None if the checkpoint has exactly one dataset.
+        image_options: for the processor's image part, such as `{"center_crop_area": 0.9}`.
+        strict: raise when the language model prefers a token that is no action, instead of taking the best action.
+        checkpoint: where it came from, for `metadata`.
+    """
+
+    needs = ("images",)  # what simulators have to send; baselines need less
+
+    def __init__(
+        self,
+        model,
+        processor,
+        unnorm_key: str | None = None,
+        image_options: dict | None = None,
+        strict: bool = False,
+        checkpoint: str | None = None,
+    ):
+        from openvla.action_tokenizer import ActionStats, resolve_unnorm_key
+
+        self.model, self.processor = model, processor
+        self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
+        self.stats = ActionStats.from_norm_stats(model.norm_stats, self.unnorm_key, model.config.action_normalization)
+        self.image_options, self.strict, self.checkpoint = dict(image_options or {}), strict, checkpoint
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        checkpoint: str,
+        unnorm_key: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        prefer: tuple[str, ...] = (),
+        **options,
+    ) -> "OpenVLAPolicy":
+        """Loads a Hub id or a folder.
+
+        Args:
+            unnorm_key: see the class; if None, the first of the keys in `prefer` that the checkpoint has.
+            dtype: "auto" (as stored), "float32", "bfloat16", "float16".
+            device: None: CUDA if there is one.
+            options: of the class.
+        """
+        import torch
+
+        from openvla.loading import load
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, processor = load(checkpoint, dtype=dtype, **({"revision": revision} if revision else {}))
+        known = [key for key in prefer if key in (model.norm_stats or {})]
+        unnorm_key = unnorm_key or (known[0] if known else None)
+        return cls(model.to(device), processor, unnorm_key, checkpoint=checkpoint, **options)
+
+    @property
+    def metadata(self) -> dict:
+        """What the policy declares, in types of JSON: to be compared with a robot's or a simulator's conventions."""
+        from openvla.action_tokenizer import name_action_dims
+
+        declared = self.model.norm_stats[self.unnorm_key]
+        bounds = declared["action"]
+        dims = [
+            {"name": name, "unit": unit, "low": float(low), "high": float(high)}
+            for (name, unit), low, high in zip(
+                name_action_dims(self.model.norm_stats, self.unnorm_key),
+                bounds.get("q01", bounds.get("min", self.stats.low)),
+                bounds.get("q99", bounds.get("max", self.stats.high)),
+            )
+        ]
+        image_processor = self.processor.image_processor
+        return {
+            "checkpoint": self.checkpoint,
+            "unnorm_key": self.unnorm_key,
+            "action_dims": dims,
+            "action_chunk": self.model.config.action_chunk,
+            "control_frequency": declared.get("control_frequency"),
+            "num_cameras": self.processor.num_cameras,
+            "image_size": list(image_processor.input_sizes[0][1:]),
+            "center_crop_area": self.image_options.get("center_crop_area", image_processor.center_crop_area),
+            "prompt_template": self.processor.prompt_template,
+        }
+
+    def infer(self, observation: dict) -> dict:
+        """The action for one observation.
+
+        Args:
+            observation: `images`, one per camera in the policy's order (an image, a list, or a dict of them by camera;
+                RGB, of any kind the processor takes), `instruction`, and if you like `proprio`, which only policies
+                that were trained with it use.
+
+        Returns `actions` `(T, A)` float64 in the units of the statistics; `token_ids` and `replaced` `(T·A,)`, the
+        latter True where the language model preferred a token that is no action; `timing` in milliseconds.
+
+        Raises ValueError for an observation that is not whole, RuntimeError for an action that is not finite.
+        """
+        return self.infer_batch([observation])[0]
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        """The actions for several observations, in one pass; see `infer`. Each may have its own instruction."""
+        start = time.perf_counter()
+        prompts = [self.processor.build_prompt(_instruction(observation)) for observation in observations]
+        images = [_images(observation) for observation in observations]
+        inputs = self.processor(prompts, images, **self.image_options).to(self.model.device)
+        prepared = time.perf_counter()
+        result = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, strict=self.strict, return_dict=True)
+        actions = result["actions"].reshape(len(observations), self.model.config.action_chunk, self.stats.dim)
+        if not np.isfinite(actions).all():
+            raise RuntimeError(f"An action holds NaN or infinity: {actions.tolist()}. Nothing was returned.")
+        finished = time.perf_counter()
+        timing = {"preprocess_ms": 1000 * (prepared - start), "infer_ms": 1000 * (finished - prepared)}
+        timing |= {"batch_size": len(observations)}
+        return [
+            {"actions": rows, "token_ids": ids, "replaced": replaced, "timing": timing}
+            for rows, ids, replaced in zip(actions, result["token_ids"], result["replaced"])
+        ]
+
+
+def _instruction(observation: dict) -> str:
+    if not isinstance(observation, dict) or (unknown := sorted(map(str, set(observation) - KEYS))):
+        got = type(observation).__name__ if not isinstance(observation, dict) else f"also {unknown}"
+        raise ValueError(f"Expected an observation with the keys {sorted(KEYS)}, got {got}.")
+    if missing := [key for key in ("images", "instruction") if key not in observation]:
+        raise ValueError(f"The observation has no {missing}, only {sorted(observation)}.")
+    return observation["instruction"]
+
+
+def _images(observation: dict) -> list:
+    images = observation["images"]
+    if isinstance(images, dict):
+        return list(images.values())
+    return list(images) if isinstance(images, list | tuple) else [images]
