@@ -485,10 +485,11 @@ def test_exporting_two_gigabytes_takes_little_memory(checkpoint, tmp_path):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             prefix = f"base_model.model.{name}"
-            adapted[f"{prefix}.lora_A.weight"] = torch.randn(16, module.in_features, generator=generator) * 0.01
-            adapted[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, 16, generator=generator) * 0.01
+            adapted[f"{prefix}.lora_A.weight"] = torch.randn(16, module.in_features, generator=generator) * 0.03
+            adapted[f"{prefix}.lora_B.weight"] = torch.randn(module.out_features, 16, generator=generator) * 0.03
     peft_config.save_pretrained(tmp_path / "adapter")
     save_file(adapted, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "adapter" / "dataset_statistics.json").write_text(json.dumps(config.norm_stats))
     del adapted
 
     script = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "adapter"), str(tmp_path / "out")]
