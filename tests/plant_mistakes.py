@@ -52,10 +52,10 @@ MISTAKES = {
     "weights of a mixture ignored": ("finetune/steps.py", "if weights is None else weights)", "if True else weights)"),
     "pixel statistics not rounded": ("hub_upload/prismatic.py", "dtype=torch.bfloat16).tolist", "dtype=None).tolist"),
     "positions not antialiased": ("hub_upload/prismatic.py", "antialias=True)", "antialias=False)"),
-    "statistics of the base": ("hub_upload/export.py", "source.adapter if own else", "source.weights if own else"),
+    "statistics of the base": ("hub_upload/export.py", "if source.adapter is None:", "if True:"),
     "centre crop of the base": ("hub_upload/export.py", "folder if own else weights,", "weights,"),
     "merged in low precision": ("hub_upload/merge.py", "parameter.data.float()", "parameter.data"),
-    "anything is proof": ("hub_upload/proof.py", "if not worst <= allowed:", "if False:"),
+    "anything is proof": ("hub_upload/proof.py", "if worst > allowed:", "if False:"),
     "old weights stay on the Hub": ("hub_upload/remote.py", "states[path] = DELETED", "pass"),
     "others' changes overwritten": ("hub_upload/remote.py", "parent_commit=self.commit", "parent_commit=None"),
 }
