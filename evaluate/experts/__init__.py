@@ -1,0 +1,1 @@
+"""Scripted experts that read the simulator: they make demonstrations, label states, and bound what is possible."""
