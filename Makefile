@@ -4,13 +4,14 @@
 # make bench   milliseconds per action
 # make test-slow, make test-bite: slower checks; the latter plants mistakes and shows which tests notice
 # make test-published: publish on a Hub in the tests; act in environments with transformers and torch alone
+# make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
 # make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
 
-.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-vllm check format bench clean
+.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-vllm check format bench clean
 
 # torch comes first: asked for along with the rest, pip may replace it by another build
 .venv/ready: setup.cfg pyproject.toml
@@ -61,6 +62,15 @@ test-published: export OPENVLA_BARE_PYTHON = $(CURDIR)/.venv-bare/bin/python:$(C
 test-published: export OPENVLA_OLAH_PYTHON = $(CURDIR)/.venv-olah/bin/python
 test-published: .venv/ready .venv-bare/ready .venv-bare-v4/ready .venv-olah/ready
 	$(BIN)/python -m pytest tests/test_published.py tests/test_upload.py
+
+.venv-sim/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-sim
+	.venv-sim/bin/pip install -q $(TORCH)
+	.venv-sim/bin/pip install -q -e ".[dev,sim]" "transformers>=5"
+	touch $@
+
+test-sim: .venv-sim/ready
+	.venv-sim/bin/python -m pytest tests/test_envs_*.py tests/test_experts_*.py tests/test_rollout.py tests/test_demos.py
 
 .venv-vllm/ready:
 	$(PYTHON) -m venv .venv-vllm

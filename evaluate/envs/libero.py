@@ -123,7 +123,7 @@ class LiberoEnv:
                 self.simulator.reset()
             else:
                 self._reset_as_published(episode)
-            self._gripper.current_action[:] = 0.0  # else the last episode's end shows in the next one's first steps
+            self._gripper.current_action = np.zeros(2)  # else the last episode's end shows in the next one
             if state is not None:
                 self._return_to(np.asarray(state, dtype=np.float64))
                 return

