@@ -163,7 +163,9 @@ def describe_dataset(source: Source, names: list[str] | None, units: list[str] |
     if units and not names:
         raise ValueError("--action_units needs --action_names.")
     recorded = getattr(source.reader, "action_names", None) or []
-    names = names or (recorded if len(recorded) == dims and len(set(recorded)) == dims else None)
+    if not names and len(recorded) == dims and len(set(recorded)) == dims:
+        names, told = recorded, getattr(source.reader, "action_units", None) or []
+        units = told if len(told) == dims else None
     if source.reader.fps:
         stats["control_frequency"] = source.reader.fps
     if names:

@@ -141,6 +141,7 @@ def test_a_dataset_says_how_it_was_made(undisturbed):
     reader = open_reader(str(undisturbed))
     assert (reader.name, reader.fps, reader.cameras) == ("blind", 20.0, [])
     assert reader.action_names == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    assert reader.action_units == ["1 = 0.05 m"] * 3 + ["1 = 0.5 rad"] * 3 + ["1 = open"]
     assert reader.info["features"]["observation.state"]["names"] == STATE_NAMES["libero"]
     found = json.loads((undisturbed / "meta" / "demonstrations.json").read_text())
     instruction = "pick up the alphabet soup and place it in the basket"

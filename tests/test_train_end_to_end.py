@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +136,18 @@ def test_what_is_known_of_a_dataset_reaches_the_checkpoint(policy, tmp_path, mon
     assert json.loads((tmp_path / "run" / "run.json").read_text())["hub"] == []
     with pytest.raises(ValueError, match="--action_names has 2 entries, my_robot has 7 dims"):
         finetune(policy, folder, tmp_path / "other", "--max_steps", "1", "--action_names", "x", "y")
+
+
+def test_names_and_units_come_from_the_dataset_unless_they_are_given():
+    reader = SimpleNamespace(name="sim", fps=20.0, action_names=["x", "gripper"], action_units=["m", "1 = open"])
+    source = SimpleNamespace(scan=SimpleNamespace(norm_stats={"action": {"min": [0, 0]}}), reader=reader)
+    found = sft.describe_dataset(source, None, None)
+    assert found["action"]["names"] == ["x", "gripper"] and found["action"]["units"] == ["m", "1 = open"]
+    assert found["control_frequency"] == 20
+    given = sft.describe_dataset(source, ["a", "b"], None)  # whose units the dataset's are not
+    assert given["action"]["names"] == ["a", "b"] and given["action"]["units"] == ["", ""]
+    reader.action_units = ["m"]
+    assert sft.describe_dataset(source, None, None)["action"]["units"] == ["", ""]
 
 
 def test_qlora_trains_on_a_cpu(policy, data, tmp_path):

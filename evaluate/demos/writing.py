@@ -68,6 +68,7 @@ def write_lerobot(
             writer.add_episode(Episode(part.path.stem, instructions, arrays["actions"], states, image))
         features = writer.info["features"]
         features["action"]["names"] = [name for name, _ in conventions.action_dims]
+        features["action"]["units"] = [unit for _, unit in conventions.action_dims]  # so that policies declare them
         features["observation.state"]["names"] = STATE_NAMES.get(suite.split("_")[0])
         write_meta(writer.work / "meta", kept, description)
         write_previews(writer.work / "previews", kept, suite, videos)

@@ -34,6 +34,7 @@ class LeRobotReader:
         names = features.get("action", {}).get("names")
         names = [each for group in names.values() for each in group] if isinstance(names, dict) else names
         self.action_names = [str(name) for name in names or []]  # {"motors": […]} or […], if the recorder wrote any
+        self.action_units = features.get("action", {}).get("units") or []  # ours alone: `openvla demos` writes them
         self._videos = [key for key, feature in features.items() if feature["dtype"] == "video"]
         self._images = [key for key, feature in features.items() if feature["dtype"] == "image"]
         self._mapped = None  # see `map_images`
