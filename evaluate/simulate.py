@@ -231,7 +231,7 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
     metadata = policy.metadata
     if policy.unnorm_key.startswith("libero") and metadata["center_crop_area"] is None:
         print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
-    return policy, metadata
+    return policy, metadata | {"weights": policy.fingerprint()}
 
 
 def _statistics(source: str):

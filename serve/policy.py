@@ -7,6 +7,7 @@
 Evaluation in simulators and every server go through it. Legend: T action chunk · A action dims · B observations.
 """
 
+import hashlib
 import time
 
 import numpy as np
@@ -100,6 +101,18 @@ class OpenVLAPolicy:
             "center_crop_area": self.image_options.get("center_crop_area", image_processor.center_crop_area),
             "prompt_template": self.processor.prompt_template,
         }
+
+    def fingerprint(self) -> str:
+        """Tells whether two policies have the same weights, wherever they lie: a hash over 64 numbers of each."""
+        import torch
+
+        digest = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            values = parameter.detach().flatten()
+            sample = values[:: max(1, len(values) // 64)][:64].cpu().contiguous()
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def infer(self, observation: dict) -> dict:
         """The action for one observation.

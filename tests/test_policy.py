@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from openvla.serve.policy import OpenVLAPolicy
 
@@ -94,3 +95,13 @@ def test_which_statistics(checkpoint):
     assert preferred.unnorm_key == "toy_robot"
     named = OpenVLAPolicy.from_pretrained(checkpoint, "toy_nomask_6d", device="cpu", prefer=("toy_robot",))
     assert named.unnorm_key == "toy_nomask_6d" and len(named.metadata["action_dims"]) == 6
+
+
+def test_the_fingerprint_is_of_the_weights(policy, fresh_model, processor):
+    other = OpenVLAPolicy(fresh_model, processor, "toy_robot")
+    assert other.fingerprint() == policy.fingerprint()
+    with torch.no_grad():
+        fresh_model.lm_head.weight += 1e-3
+    changed = other.fingerprint()
+    fresh_model.bfloat16()
+    assert len({policy.fingerprint(), changed, other.fingerprint()}) == 3
