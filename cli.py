@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": ("openvla.evaluate.doctor", "check that a checkpoint sees, listens and has sane statistics"),
     "bench": ("openvla.evaluate.bench", "milliseconds per action, measured side by side"),
 }
+RESUMABLE = ("upload", "evaluate", "demos")
 
 
 def usage() -> str:
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if traceback:
             raise
-        hint = "; run the same command again to go on" if verb == "upload" else ""
+        hint = "; run the same command again to go on" if verb in RESUMABLE else ""
         print(f"openvla {verb}: stopped{hint}", file=sys.stderr)
         sys.exit(130)  # as shells say it: 128 + SIGINT
     except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:

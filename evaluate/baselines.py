@@ -10,28 +10,26 @@ from openvla.evaluate.envs import Conventions
 
 
 class RandomPolicy:
-    """Every number uniform over what the simulator takes.
+    """Every number uniform over what the simulator takes; the same for the same seed, task, episode and step."""
 
-    Actions depend on the seed and the count of calls alone, so one at a time is repeatable, several at once are not.
-    """
-
-    needs = ()
+    needs = ("place",)
 
     def __init__(self, conventions: Conventions, seed: int):
         self._low, self._high = np.transpose(conventions.action_range)
-        self._rng = np.random.default_rng(seed)
+        self._seed = seed
         self.metadata = describe(conventions, "random")
 
     def infer_batch(self, observations: list[dict]) -> list[dict]:
-        return [{"actions": self._rng.uniform(self._low, self._high)[None]} for _ in observations]
+        seeds = [(self._seed, *observation["place"]) for observation in observations]
+        return [{"actions": np.random.default_rng(seed).uniform(self._low, self._high)[None]} for seed in seeds]
 
 
 class ExpertPolicy:
     """What the scripted expert would do, which looks into the simulator and sends its action with the observation.
 
     Args:
-        stats: of a dataset; actions then go through its normalisation and 256 bins and back. Its success is the upper
-            bound for any policy that speaks in these tokens.
+        stats: of a dataset; actions then go through its normalisation and 256 bins and back, which shows what tokens
+            cost: about as much as a policy that speaks in them can hope for.
     """
 
     needs = ("expert",)
@@ -39,6 +37,14 @@ class ExpertPolicy:
     def __init__(self, conventions: Conventions, stats: ActionStats | None = None):
         self.stats, self._tokenizer = stats, ActionTokenizer()
         self.metadata = describe(conventions, "expert" if stats is None else "expert in tokens")
+        if stats is not None:
+            self.metadata["action_dims"] = [
+                {**dim, "low": float(low), "high": float(high)}
+                for dim, low, high in zip(self.metadata["action_dims"], stats.low, stats.high)
+            ]
+            self.metadata["mask"] = stats.mask.tolist()
+            if stats.dim != len(conventions.action_dims):
+                raise ValueError(f"Statistics of {stats.dim} dims for actions of {len(conventions.action_dims)}.")
 
     def infer_batch(self, observations: list[dict]) -> list[dict]:
         actions = [np.asarray(observation["expert_action"], dtype=np.float64) for observation in observations]

@@ -239,6 +239,12 @@ def main(argv: list[str]) -> None:
     # 1. Which steps
     reader = open_reader(args.data, args.name)
     run = find_run(args.checkpoint, args.run)
+    known = args.validation_share is not None or reader.name in (run.get("norm_stats") or {})
+    if args.split != "all" and not known:
+        raise ValueError(
+            f"--split {args.split}: no run.json that names {reader.name} lies beside the checkpoint, so nobody knows "
+            "which episodes were held out: pass --run, --validation-share (and --seed), or --episodes."
+        )
     share = run.get("validation_share", VALIDATION_SHARE) if args.validation_share is None else args.validation_share
     seed = run.get("seed", SEED) if args.seed is None else args.seed
     candidates = split_of_run(reader, args.split, run, share, seed, args.skip_bad_episodes)

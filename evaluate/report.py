@@ -71,17 +71,17 @@ def format_table(suite: str, summary: dict) -> str:
     spent = ", ".join(f"{what} {value:.1f}" for what, value in summary["cpu_ms_per_step"].items())
     lines.append(f"\nprocessor milliseconds per step: {spent}")
     if summary["restarts"]:
-        lines.append(f"{summary['restarts']} episodes were run again because their simulator died")
+        lines.append(f"simulators that died and were replaced, and their episodes run again: {summary['restarts']}")
     if summary["replaced_tokens"]:
         lines.append(f"{summary['replaced_tokens']} tokens were no actions; the best actions were taken")
     return "\n".join(lines)
 
 
-def card_entries(suite: str, summary: dict, command: str) -> list[dict]:
+def card_entries(dataset: str, summary: dict, command: str) -> list[dict]:
     """What `openvla export --evaluation` writes on the model card; format: `hub_upload/model_card.py`."""
     return [
         {
-            "dataset": suite,
+            "dataset": dataset,
             "metric": "success_rate",
             "value": summary["success_rate"],
             "episodes": summary["episodes"],

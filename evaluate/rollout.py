@@ -72,6 +72,7 @@ def run_episodes(
     env_options: dict | None = None,
     num_envs: int = 1,
     execute: int | None = None,
+    action_dim: int | None = None,
     seed: int = 0,
     patience: float = PATIENCE,
     on_outcome: Callable[[Job, Outcome], None] = lambda job, outcome: None,
@@ -84,12 +85,15 @@ def run_episodes(
         env_options: for `open_env`: `cameras`, `renderer`.
         num_envs: simulators at a time; the policy answers those that wait, all at once.
         execute: how many actions of a chunk are carried out before the policy is asked again; None: all.
+        action_dim: numbers of an action, to tell a policy's mistake from a simulator's; None: not checked.
         seed: of the scripted expert.
         patience: seconds after which a simulator counts as hung.
         on_outcome: called after every episode, in the order in which they end.
 
     Raises RuntimeError if an episode's simulator dies again and again, and whatever the policy raises.
     """
+    if num_envs < 1 or (execute is not None and execute < 1):
+        raise ValueError(f"Expected at least one simulator and one action of a chunk, got {num_envs} and {execute}.")
     pending, outcomes = deque(jobs), {}
     settings = {"env_options": dict(env_options or {}), "needs": tuple(policy.needs), "seed": seed}
     workers = [_start_worker(settings) for _ in range(min(num_envs, len(pending)))]
@@ -125,7 +129,8 @@ def run_episodes(
                 _assign(fresh, job)
             # 2. What the others should do
             if waiting:
-                _act(policy, {worker: content for worker, (_, content) in waiting.items()}, execute)
+                asking = {worker: content for worker, (_, content) in waiting.items()}
+                _act(policy, asking, execute, action_dim)
     finally:
         for worker in workers:
             _stop(worker)
@@ -137,11 +142,16 @@ def _assign(worker: _Worker, job: Job) -> None:
     _send(worker, ("run", job))
 
 
-def _act(policy, observations: dict[_Worker, dict], execute: int | None) -> None:
+def _act(policy, observations: dict[_Worker, dict], execute: int | None, action_dim: int | None) -> None:
     start = time.process_time()
     results = policy.infer_batch(list(observations.values()))
     share = (time.process_time() - start) / len(observations)
     for worker, result in zip(observations, results):
+        shape = np.shape(result["actions"])
+        if len(shape) != 2 or 0 in shape or shape[1] != (action_dim or shape[1]):
+            raise ValueError(f"The policy gave actions of shape {shape}, expected (T, {action_dim or 'A'}).")
+        if not np.isfinite(result["actions"]).all():
+            raise ValueError(f"The policy gave an action that is not finite: {result['actions']}.")
         worker.policy_seconds += share
         worker.replaced += int(np.sum(result.get("replaced", 0)))
         _send(worker, ("act", result["actions"][:execute]))
@@ -172,7 +182,7 @@ def _collect(workers: list[_Worker], patience: float) -> dict[_Worker, tuple]:
 def _receive(worker: _Worker) -> tuple:
     try:
         return worker.connection.recv()
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # OSError: it died while it was sending
         worker.process.join(timeout=10)
         return ("failed", f"its process ended with status {worker.process.exitcode}")
 
@@ -232,7 +242,7 @@ class _Simulator:
         recording = Recording(env) if job.video else None
         steps, success = 0, False
         while not success and steps < env.max_steps:
-            for action in self._ask(expert, steps):
+            for action in self._ask(expert, (job.task, job.episode, steps)):
                 if recording:
                     recording.add(action)
                 success = env.step(action)
@@ -244,11 +254,13 @@ class _Simulator:
         seconds = time.perf_counter() - start
         return Outcome(success, steps, env.instruction, dict(env.stopwatch.seconds), seconds)
 
-    def _ask(self, expert, steps: int) -> np.ndarray:
-        """The policy's next actions `(T, A)`."""
+    def _ask(self, expert, place: tuple[int, int, int]) -> np.ndarray:
+        """The policy's next actions `(T, A)`. `place`: task, episode and step."""
         observation = {"instruction": self.env.instruction}
         if "images" in self.settings["needs"]:
             observation = self.env.observe()
+        if "place" in self.settings["needs"]:
+            observation["place"] = place
         if expert:
             with self.env.stopwatch.measure("expert"):
                 observation["expert_action"] = expert.act()
@@ -271,15 +283,23 @@ class Recording:
 
     def add(self, action: np.ndarray) -> None:
         """The scene before an action, and the action."""
-        self.frames.append(self.env.render(self.env.cameras[0]))
+        self._film()
         self.actions.append(np.array(action))
 
     def write(self, job: Job, success: bool, steps: int) -> None:
         from openvla.evaluate.videos import write_episode
 
-        self.frames.append(self.env.render(self.env.cameras[0]))
+        self._film()
         title = f"{job.suite} · task {job.task} · episode {job.episode}"
         conventions = self.env.conventions
         write_episode(
             job.video, self.frames, np.stack(self.actions), conventions, title, self.env.instruction, success
         )
+
+    def _film(self) -> None:
+        """Its time is not the policy's: what filming costs is not counted as rendering."""
+        seconds = self.env.stopwatch.seconds
+        before = dict(seconds)
+        self.frames.append(self.env.render(self.env.cameras[0]))
+        seconds.clear()
+        seconds.update(before)

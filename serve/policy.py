@@ -13,6 +13,7 @@ import time
 import numpy as np
 
 KEYS = {"images", "instruction", "proprio"}
+IMAGE_OPTIONS = ("center_crop_area", "jpeg_quality", "lanczos3_size")
 
 
 class OpenVLAPolicy:
@@ -98,7 +99,8 @@ class OpenVLAPolicy:
             "control_frequency": declared.get("control_frequency"),
             "num_cameras": self.processor.num_cameras,
             "image_size": list(image_processor.input_sizes[0][1:]),
-            "center_crop_area": self.image_options.get("center_crop_area", image_processor.center_crop_area),
+            **{name: self.image_options.get(name, getattr(image_processor, name)) for name in IMAGE_OPTIONS},
+            "action_normalization": self.model.config.action_normalization,
             "prompt_template": self.processor.prompt_template,
         }
 
@@ -106,10 +108,11 @@ class OpenVLAPolicy:
         """Tells whether two policies have the same weights, wherever they lie: a hash over 64 numbers of each."""
         import torch
 
-        digest = hashlib.sha256()
+        digest, generator = hashlib.sha256(), torch.Generator().manual_seed(0)
         for name, parameter in self.model.named_parameters():
             values = parameter.detach().flatten()
-            sample = values[:: max(1, len(values) // 64)][:64].cpu().contiguous()
+            places = torch.randint(len(values), (64,), generator=generator)
+            sample = values[places.to(values.device)].cpu().contiguous()
             digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -119,8 +122,8 @@ class OpenVLAPolicy:
 
         Args:
             observation: `images`, one per camera in the policy's order (an image, a list, or a dict of them by camera;
-                RGB, of any kind the processor takes), `instruction`, and if you like `proprio`, which only policies
-                that were trained with it use.
+                RGB, of any kind the processor takes), `instruction`, and if you like `proprio`, which no policy uses
+                yet.
 
         Returns `actions` `(T, A)` float64 in the units of the statistics; `token_ids` and `replaced` `(T·A,)`, the
         latter True where the language model preferred a token that is no action; `timing` in milliseconds.

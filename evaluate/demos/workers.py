@@ -4,16 +4,23 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable
 from multiprocessing.connection import wait
 
 ATTEMPTS = 3  # at a job whose process dies
+PATIENCE = 900.0  # seconds for an episode: 520 steps with two cameras of the official renderer take some 300
 
 
 def run_in_workers(
-    work: Callable, jobs: Iterable[Hashable], num_workers: int, on_result: Callable, name: Callable = str
+    work: Callable,
+    jobs: Iterable[Hashable],
+    num_workers: int,
+    on_result: Callable,
+    name: Callable = str,
+    patience: float = PATIENCE,
 ) -> None:
     """Calls `work(job)` for every job in one of several processes, and `on_result(job, result)` here as they end.
 
@@ -23,6 +30,7 @@ def run_in_workers(
     Args:
         work: is copied into every process, and stays there: what it opens for one job can serve the next.
         name: of a job, for errors.
+        patience: seconds after which a job's process counts as hung, and is replaced like one that died.
 
     Raises ValueError of whatever `work` raises as ValueError, KeyError or ImportError: that does not go away. After
     other errors, and when a process dies, another one tries again; RuntimeError if a job came to nothing three times.
@@ -37,9 +45,15 @@ def run_in_workers(
             busy = {worker.connection: worker for worker in workers if worker.job is not None}
             if not busy:
                 return
-            for connection in wait(list(busy)):
-                worker = busy[connection]
-                kind, content = worker.receive()
+            oldest = min(worker.since for worker in busy.values())
+            ready = wait(list(busy), max(0.0, oldest + patience - time.monotonic()))
+            for connection, worker in busy.items():
+                if connection in ready:
+                    kind, content = worker.receive()
+                elif time.monotonic() - worker.since > patience:
+                    kind, content = "failed", f"no answer for {patience:g} s"
+                else:
+                    continue
                 job, worker.job = worker.job, None
                 if kind == "done":
                     on_result(job, content)
@@ -66,10 +80,10 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         self.process.start()
         theirs.close()
-        self.job = None
+        self.job, self.since = None, 0.0
 
     def give(self, job) -> None:
-        self.job = job
+        self.job, self.since = job, time.monotonic()
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # if it died, `receive` finds out
             self.connection.send(job)
 
@@ -77,7 +91,7 @@ class _Worker:
         """("done", result), ("refused", message) or ("failed", reason)."""
         try:
             return self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: it died while it was sending
             self.process.join(timeout=10)
             return "failed", f"its process ended with status {self.process.exitcode}"
 

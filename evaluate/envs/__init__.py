@@ -17,7 +17,8 @@ from dataclasses import dataclass
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 LIBERO_PRO = tuple(f"{suite}_{change}" for suite in LIBERO_SUITES[:4] for change in ("lan", "object", "swap", "task"))
 SUITES = (*LIBERO_SUITES, *LIBERO_PRO, "metaworld")
-UNDECLARED = ("", "dataset units")
+OWN_UNITS = "dataset units"  # what `name_action_dims` says of published datasets that use a controller's
+UNDECLARED = ("", OWN_UNITS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Conventions:
         control_frequency: control steps per second.
         cameras: all there are, the main one first.
         proprio_dim: numbers in `observation["proprio"]`.
+        datasets: how the keys of datasets begin whose units are the simulator's though they do not say so.
     """
 
     action_dims: tuple[tuple[str, str], ...]
@@ -37,6 +39,7 @@ class Conventions:
     control_frequency: float
     cameras: tuple[str, ...]
     proprio_dim: int
+    datasets: str = ""
 
     def check(self, metadata: dict) -> None:
         """Raises ValueError that tells every difference from what a policy declares; what it does not is not asked.
@@ -53,6 +56,10 @@ class Conventions:
         else:
             for index, (declared, expected, limits) in enumerate(zip(dims, self.action_dims, self.action_range)):
                 differences += self._compare_dim(index, declared, *expected, *limits)
+            key = str(metadata.get("unnorm_key"))
+            foreign = any(dim.get("unit") == OWN_UNITS for dim in dims) and not key.startswith(self.datasets or "\0")
+            if foreign:
+                differences.append(f"its actions are in units of {key}'s own, whatever these are")
         frequency = metadata.get("control_frequency")
         if frequency and abs(frequency - self.control_frequency) > 0.01 * self.control_frequency:
             differences.append(f"it acts {frequency:g} times a second, the simulator {self.control_frequency:g}")

@@ -36,6 +36,7 @@ CONVENTIONS = Conventions(
     control_frequency=20.0,
     cameras=tuple(CAMERAS),
     proprio_dim=8,
+    datasets="libero",
 )
 MAX_STEPS = dict(zip(LIBERO_SUITES, (220, 280, 300, 520, 400)))
 SETTLING_STEPS, SETTLING_ACTION = 10, (0.0,) * 6 + (-1.0,)
@@ -68,8 +69,9 @@ class LiberoEnv:
         suite: "libero_spatial", … or a LIBERO-PRO variant such as "libero_goal_swap".
         task: its number in the suite.
         cameras: of `CAMERAS`, in the order in which the policy wants them.
-        renderer: "official", bit-equal to the simulator's own; or "fast", without antialiasing and reflections: a
-            quarter of the time without a GPU, and pictures that differ by 2.3 of 255 in the mean.
+        renderer: "official", as the simulator's own (bit-equal at rest; its observations of a moving arm are one
+            physics step of 2 ms older than ours); or "fast", without antialiasing and reflections: a quarter of the
+            time without a GPU, and pictures that differ by 2.3 of 255 in the mean.
     """
 
     def __init__(
