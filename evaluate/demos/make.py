@@ -137,6 +137,10 @@ def read_settings(args: argparse.Namespace):
     from openvla.evaluate.envs import list_tasks, open_env
     from openvla.evaluate.simulate import parse_numbers
 
+    if args.extra_steps < 0 or args.noise < 0:
+        raise ValueError(f"--extra-steps and --noise must not be negative, got {args.extra_steps} and {args.noise}.")
+    if args.format != "lerobot" and not args.suite.startswith("libero"):
+        raise ValueError(f"--format {args.format} is LIBERO's layout, which {args.suite} does not fit: use lerobot.")
     if args.random is not None:
         if args.random < 1 or args.seed < 0:
             raise ValueError(
@@ -152,10 +156,6 @@ def read_settings(args: argparse.Namespace):
                 f"note: initial states 0-{HELD_OUT - 1} are for evaluation; {held_out} are among them",
                 file=sys.stderr,
             )
-    if args.extra_steps < 0 or args.noise < 0:
-        raise ValueError(f"--extra-steps and --noise must not be negative, got {args.extra_steps} and {args.noise}.")
-    if args.format != "lerobot" and not args.suite.startswith("libero"):
-        raise ValueError(f"--format {args.format} is LIBERO's layout, which {args.suite} does not fit: use lerobot.")
     return Settings(
         suite=args.suite,
         tasks=parse_numbers(args.tasks, len(list_tasks(args.suite)), "tasks"),
