@@ -29,15 +29,8 @@ from openvla.evaluate.experts.geometry import (  # noqa: E402
     way_out,
     wrap,
 )
-from openvla.evaluate.experts.libero import (  # noqa: E402
-    Articulated,
-    Command,
-    Joint,
-    LiberoExpert,
-    PickPlace,
-    Push,
-    TurnKnob,
-)
+from openvla.evaluate.experts.libero import LiberoExpert  # noqa: E402
+from openvla.evaluate.experts.skills import Articulated, Command, Joint, PickPlace, Push, TurnKnob  # noqa: E402
 
 TABLE = """
 <mujoco><worldbody>
