@@ -2,11 +2,10 @@
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from act_server import ActServer, as_json_numpy
 
 from openvla.serve.client import ActClient
 
@@ -16,39 +15,8 @@ ACTION = np.array([0.01, -0.02, 0.03, 0.1, 0.0, -0.1, 1.0])
 
 @pytest.fixture
 def server():
-    """`server.answer`: status and JSON; `server.asked`: requests, headers and body."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def _reply(self, status: int, content) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def do_GET(self):
-            self._reply(*(server.metadata or (404, {"detail": "Not Found"})))
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            server.asked.append((self.path, self.headers, body))
-            self._reply(*server.answer)
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.metadata, server.answer = [], None, (200, as_json_numpy(ACTION))
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def as_json_numpy(array: np.ndarray) -> dict:
-    data = base64.b64encode(array.tobytes()).decode()
-    return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
+    with ActServer((200, as_json_numpy(ACTION))) as server:
+        yield server
 
 
 def ask(url: str, **options) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Rollouts with real simulators: what happens to them, and what becomes of the results."""
 
+import base64
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from act_server import ActServer, as_json_numpy
 
 from openvla import cli
 from openvla.action_tokenizer import ActionStats
@@ -186,6 +188,28 @@ def test_a_policy_acts_in_the_simulator_and_is_filmed(checkpoint, tmp_path, caps
         cli.main([*command, "--center-crop-area", "0.9"])
     with pytest.raises(SystemExit, match="x is in units of 'm'"):
         cli.main([*command, "--unnorm-key", "bridge_orig"])
+
+
+@needs_libero
+def test_a_server_acts_in_the_simulator(tmp_path, capsys):
+    action = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0])
+    command = ["--suite", "libero_object", "--tasks", "0", "--episodes", "0", "--videos", "0", "--renderer", "fast"]
+    with ActServer((200, as_json_numpy(np.tile(action, (70, 1))))) as server:
+        cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "found")])
+        assert "declares no conventions" in capsys.readouterr().err and len(server.asked) == 4  # 280 steps
+        _, _, body = server.asked[0]
+        env = open_env("libero_object", 0, renderer="fast")
+        env.reset(0)
+        sent = np.frombuffer(base64.b64decode(body["image"]["__numpy__"]), np.uint8).reshape(224, 224, 3)
+        np.testing.assert_array_equal(sent, env.observe()["images"]["agentview"])
+        assert body["instruction"] == env.instruction
+        env.close()
+        server.metadata = (200, {"unnorm_key": "x", "action_dims": [{"name": "x", "unit": "m"}] * 7, "num_cameras": 1})
+        with pytest.raises(SystemExit, match="x is in units of 'm'"):
+            cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
+        server.metadata, server.answer = None, (200, "error")
+        with pytest.raises(SystemExit, match="answered 'error' instead of an action"):
+            cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
 
 
 def test_numbers():
