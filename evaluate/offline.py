@@ -32,6 +32,7 @@ import numpy as np
 from openvla.cli import command_parser
 from openvla.evaluate.offline_episodes import SPLITS, choose_episodes, find_run, split_of_run
 from openvla.evaluate.offline_scoring import MODES, Trace, summarize
+from openvla.evaluate.simulate import short_name
 
 VALIDATION_SHARE, SEED = 0.05, 42  # what `openvla finetune` takes unless told otherwise
 
@@ -266,9 +267,8 @@ def main(argv: list[str]) -> None:
 
     # 3. Its predictions
     traces = predict_episodes(model, processor, reader, unnorm_key, episodes, args.cameras, modes, args.batch_size)
-    place = Path(args.checkpoint).expanduser()
     settings = {
-        "name": "-".join((place.resolve() if place.exists() else place).parts[-2:]),  # not "merged" alone
+        "name": short_name(args.checkpoint),
         "checkpoint": args.checkpoint,
         "revision": args.revision,
         "data": args.data,

