@@ -199,7 +199,7 @@ def test_renderers(reach):
     reach.step((1.0, 0.0, 0.0, 0.0))
     assert np.array_equal(official.render("corner2"), own.render()[::-1, ::-1])
     difference = np.abs(official.render("corner4").astype(int) - reach.render("corner4")).mean()
-    assert 4 < difference < 12  # the shadows
+    assert 0.5 < difference < 2  # edges; without shadows it would be 8
     observation = official.observe()
     assert list(observation["images"]) == ["corner2", "corner4"]
     assert observation["instruction"] == "reach the goal with the gripper"
