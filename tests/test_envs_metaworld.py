@@ -1,12 +1,16 @@
 import dataclasses
 import importlib.util
+import os
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from openvla.evaluate import envs
-from openvla.evaluate.envs import metaworld
+os.environ.setdefault("MUJOCO_GL", "egl")  # a test imports Meta-World before the simulator does
+
+from openvla.evaluate import envs  # noqa: E402
+from openvla.evaluate.envs import metaworld  # noqa: E402
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None, reason="Meta-World is not installed: pip install 'openvla[sim]'"
@@ -44,6 +48,15 @@ def test_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     with pytest.raises(ImportError, match=r"Meta-World is not installed .*pip install 'openvla\[sim\]'"):
         metaworld._import_metaworld.__wrapped__()
+
+
+@installed
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is a screen")
+def test_mujoco_imported_too_early_is_an_error_not_the_end():
+    code = "import mujoco; from openvla.evaluate.envs import open_env; open_env('metaworld', 0)"
+    environment = {key: value for key, value in os.environ.items() if key not in ("MUJOCO_GL", "DISPLAY")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "set MUJOCO_GL=egl (or osmesa) before Python starts" in done.stderr
 
 
 def test_conventions_tell_a_fitting_policy_from_one_of_libero():

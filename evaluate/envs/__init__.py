@@ -9,6 +9,8 @@ All of them have what the rollouts and the demonstrations need:
     observation = env.observe()                   # {"images": {camera: uint8}, "proprio": (P,), "instruction": text}
 """
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +98,23 @@ class Stopwatch:
             yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.process_time() - start
+
+
+def render_off_screen() -> None:
+    """Has mujoco render without a screen (EGL) on Linux, unless MUJOCO_GL says otherwise; before it is imported.
+
+    Raises RuntimeError if it is too late for that: mujoco would end the whole process at the first picture.
+    """
+    if sys.platform != "linux":
+        return
+    if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
+        raise RuntimeError(
+            "mujoco was imported before the simulator, and expects a screen, which there is none: set MUJOCO_GL=egl "
+            "(or osmesa) before Python starts."
+        )
+    os.environ.setdefault("MUJOCO_GL", "egl")
+    if os.environ["MUJOCO_GL"] in ("egl", "osmesa"):
+        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
 
 
 def list_tasks(suite: str) -> list[str]:

@@ -19,11 +19,10 @@ import io
 import logging
 import os
 import re
-import sys
 
 import numpy as np
 
-from openvla.evaluate.envs import LIBERO_SUITES, Conventions, Stopwatch
+from openvla.evaluate.envs import LIBERO_SUITES, Conventions, Stopwatch, render_off_screen
 from openvla.tf_image_ops import jpeg_round_trip, lanczos3_resize
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}  # ours: the simulator's
@@ -301,10 +300,7 @@ def _initial_states(task) -> np.ndarray:
 @functools.cache
 def _import_libero():
     """LIBERO's environments; rendering off screen is set up before anything imports OpenGL."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if os.environ.get("MUJOCO_GL") in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+    render_off_screen()
     try:
         import mujoco
 

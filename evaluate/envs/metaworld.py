@@ -16,12 +16,10 @@ Nobody has published an OpenVLA policy for them, so there is no evaluation to re
 """
 
 import functools
-import os
-import sys
 
 import numpy as np
 
-from openvla.evaluate.envs import Conventions, Stopwatch
+from openvla.evaluate.envs import Conventions, Stopwatch, render_off_screen
 from openvla.tf_image_ops import lanczos3_resize
 
 # In MT50's order. Scenes repeat (faucet-open and -close, push and pick-place …), so the words must tell them apart.
@@ -325,10 +323,7 @@ def _unstable() -> list[int]:
 @functools.cache
 def _import_metaworld():
     """Meta-World; rendering off screen is set up before anything imports OpenGL."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    if os.environ.get("MUJOCO_GL") in ("egl", "osmesa"):
-        os.environ.setdefault("PYOPENGL_PLATFORM", os.environ["MUJOCO_GL"])
+    render_off_screen()
     try:
         import metaworld
     except ImportError as error:
