@@ -35,7 +35,7 @@ class ExpertPolicy:
     needs = ("expert",)
 
     def __init__(self, conventions: Conventions, stats: ActionStats | None = None):
-        self.stats, self._tokenizer = stats, ActionTokenizer()
+        self.stats = stats
         self.metadata = describe(conventions, "expert" if stats is None else "expert in tokens")
         if stats is not None:
             self.metadata["action_dims"] = [
@@ -49,9 +49,32 @@ class ExpertPolicy:
     def infer_batch(self, observations: list[dict]) -> list[dict]:
         actions = [np.asarray(observation["expert_action"], dtype=np.float64) for observation in observations]
         if self.stats is not None:
-            ids = self._tokenizer.encode(self.stats.normalize(np.stack(actions)))
-            actions = self.stats.unnormalize(self._tokenizer.decode(ids))
+            actions = through_tokens(np.stack(actions), self.stats)
         return [{"actions": action[None]} for action in actions]
+
+
+def through_tokens(actions: np.ndarray, stats: ActionStats) -> np.ndarray:
+    """Actions `(N, A)` as a policy that has learnt them without any error would give them."""
+    tokenizer = ActionTokenizer()
+    return stats.unnormalize(tokenizer.decode(tokenizer.encode(stats.normalize(actions))))
+
+
+def dataset_statistics(source: str) -> ActionStats:
+    """Of a dataset's actions, as they are normalised in training: 1st and 99th percentiles.
+
+    Args:
+        source: as for `open_reader`; HDF5 files are LIBERO's, whose gripper becomes 1 = open, 0 = closed.
+    """
+    from openvla.evaluate.demos.hdf5 import from_simulator
+    from openvla.finetune.readers import open_reader
+    from openvla.finetune.readers.hdf5 import HDF5Reader
+    from openvla.finetune.statistics import scan, summarize
+
+    reader = open_reader(source)
+    if not isinstance(reader, HDF5Reader):
+        return ActionStats.from_norm_stats({reader.name: scan(reader).norm_stats})
+    actions = [from_simulator(reader.read(index).actions) for index in range(len(reader))]
+    return ActionStats.from_norm_stats({reader.name: summarize(actions, [None] * len(actions))})
 
 
 def describe(conventions: Conventions, name: str) -> dict:

@@ -252,10 +252,10 @@ class EpisodeLog:
 
 def _policy(args: argparse.Namespace, conventions) -> tuple:
     """What acts, and what it declares."""
-    from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, describe
+    from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_statistics, describe
 
     if args.baseline:
-        stats = _statistics(args.statistics) if args.baseline == "expert-tokens" else None
+        stats = dataset_statistics(args.statistics) if args.baseline == "expert-tokens" else None
         random = args.baseline == "random"
         policy = RandomPolicy(conventions, args.seed) if random else ExpertPolicy(conventions, stats)
         return policy, policy.metadata
@@ -287,15 +287,6 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
         | ({} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}),
     )
     return policy, policy.metadata | {"weights": policy.fingerprint(), "device": str(policy.model.device)}
-
-
-def _statistics(source: str):
-    from openvla.action_tokenizer import ActionStats
-    from openvla.finetune.readers import open_reader
-    from openvla.finetune.statistics import scan
-
-    reader = open_reader(source)
-    return ActionStats.from_norm_stats({reader.name: scan(reader).norm_stats})
 
 
 def _versions(suite: str) -> dict[str, str]:

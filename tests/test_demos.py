@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from openvla.action_tokenizer import ActionStats
+from openvla.evaluate.baselines import through_tokens
 from openvla.evaluate.demos import hdf5, make, parts, replay
 from openvla.evaluate.demos.parts import Part, Recorder, Settings, expert_seed, is_no_op, open_parts, part_name, play
 from openvla.evaluate.demos.workers import run_in_workers
@@ -209,7 +210,7 @@ def test_meta_world_has_four_numbers_and_replays(tmp_path, capsys):
 def test_tokens_keep_actions_to_half_a_bin():
     stats = ActionStats(np.array([-0.5, 0]), np.array([1.0, 1]), np.array([True, False]), np.zeros(2, bool))
     actions = np.array([[-0.5, OPEN], [0.26, CLOSED], [1.0, OPEN]])
-    found = replay.through_tokens(actions, stats)
+    found = through_tokens(actions, stats)
     half = 0.75 / 255  # of 1.5 / 255
     np.testing.assert_allclose(found[:, 0], [-0.5 + half, 0.25 + round(0.01 / (2 * half)) * 2 * half, 1 - half])
     np.testing.assert_allclose(found[:, 1], [1 - 1 / 255, 0, 1 - 1 / 255], atol=1e-12)

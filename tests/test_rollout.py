@@ -14,10 +14,11 @@ import av
 import numpy as np
 import pytest
 from act_server import ActServer, as_json_numpy
+from test_readers import actions, write_folder
 
 from openvla import cli
 from openvla.action_tokenizer import ActionStats
-from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy
+from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_statistics
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.evaluate.rollout import Job, run_episodes
@@ -246,6 +247,23 @@ def test_the_expert_in_tokens_is_off_by_less_than_half_a_bin():
     assert found[6] == pytest.approx(1.0, abs=1 / 255)
     assert policy.metadata != ExpertPolicy(CONVENTIONS).metadata  # so that their episodes do not mix
     CONVENTIONS.check(policy.metadata)
+
+
+def test_statistics_of_hdf5_files_have_the_policies_gripper(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setattr("openvla.finetune.statistics.CACHE", tmp_path / "cache")
+    recorded = np.concatenate([actions(episode) for episode in range(2)])
+    with h5py.File(tmp_path / "libero_demo.hdf5", "w") as file:
+        demo = file.create_group("data/demo_0")
+        demo["actions"] = recorded * [*[1] * 6, -2] + [*[0] * 6, 1]  # the simulator's: -1 = open, 1 = closed
+        demo["obs/ee_states"] = np.zeros((len(recorded), 6))
+    (tmp_path / "plain").mkdir()
+    for source in (tmp_path / "libero_demo.hdf5", write_folder(tmp_path / "plain")):
+        stats = dataset_statistics(str(source))
+        assert stats.mask.tolist() == [True] * 6 + [False]
+        np.testing.assert_allclose(stats.low, np.quantile(recorded, 0.01, axis=0), atol=1e-6)
+        np.testing.assert_allclose(stats.high, np.quantile(recorded, 0.99, axis=0), atol=1e-6)
+        CONVENTIONS.check(ExpertPolicy(CONVENTIONS, stats).metadata)
 
 
 def test_chance_depends_on_seed_and_place_alone():

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from openvla.action_tokenizer import ActionStats, ActionTokenizer
+from openvla.action_tokenizer import ActionStats
+from openvla.evaluate.baselines import dataset_statistics, through_tokens
 from openvla.evaluate.demos.hdf5 import from_simulator
 from openvla.evaluate.envs import open_env
 
@@ -50,31 +51,13 @@ class Replayer:
         return any(self._env.step(action) for action in actions)
 
 
-def through_tokens(actions: np.ndarray, stats: ActionStats) -> np.ndarray:
-    """Actions `(N, A)` as a policy that has learnt them without any error would give them."""
-    tokenizer = ActionTokenizer()
-    return stats.unnormalize(tokenizer.decode(tokenizer.encode(stats.normalize(actions))))
-
-
 def open_replayer(folder: Path, tokenize: bool) -> Replayer:
     """Raises FileNotFoundError for folders that are no datasets of demonstrations."""
     file = folder / "meta" / "demonstrations.json"
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: {folder} was not made by `openvla demos`, so how is unknown.")
     description = json.loads(file.read_text())
-    return Replayer(folder, description, dataset_statistics(folder) if tokenize else None)
-
-
-def dataset_statistics(folder: Path) -> ActionStats:
-    """Of a dataset's actions, as they are normalised in training: 1st and 99th percentiles."""
-    from openvla.finetune.readers import open_reader
-    from openvla.finetune.statistics import scan, summarize
-
-    reader = open_reader(str(folder))
-    if (folder / "meta" / "info.json").exists():
-        return ActionStats.from_norm_stats({reader.name: scan(reader).norm_stats})
-    actions = [from_simulator(reader.read(index).actions) for index in range(len(reader))]
-    return ActionStats.from_norm_stats({reader.name: summarize(actions, [None] * len(actions))})
+    return Replayer(folder, description, dataset_statistics(str(folder)) if tokenize else None)
 
 
 def report(replayer: Replayer, successes: dict[int, bool]) -> dict:
