@@ -120,6 +120,12 @@ def draw_summary(path: Path, title: str, summary: dict) -> None:
     os.replace(temporary, path)
 
 
+def tell_differences(there: dict, now: dict) -> str:
+    """What differs between the settings of results that are there and those asked for now, as text."""
+    differing = sorted(key for key in there | now if there.get(key) != now.get(key))
+    return "; ".join(f"{key}: {there.get(key)} there, {now.get(key)} now" for key in differing)
+
+
 def write_json(path: Path, content) -> None:
     """Writes JSON under a temporary name, then renames it."""
     temporary = path.with_name(f".{path.name}")

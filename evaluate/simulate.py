@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from openvla.cli import command_parser
+from openvla.evaluate.report import tell_differences
 
 BASELINES = ("expert", "expert-tokens", "random")
 HELD_OUT = 10  # initial states from 0 on that demonstrations are not made from, unless asked for
@@ -228,11 +229,9 @@ class EpisodeLog:
             self._write([settings], "wb")
             return
         if whole[0] != settings:
-            differing = sorted(key for key in whole[0].keys() | settings if whole[0].get(key) != settings.get(key))
-            parts = [f"{key}: {whole[0].get(key)} there, {settings.get(key)} now" for key in differing]
             raise ValueError(
-                f"{self.path} holds episodes of other settings ({'; '.join(parts)}): choose another --output-dir, or "
-                "remove it."
+                f"{self.path} holds episodes of other settings ({tell_differences(whole[0], settings)}): choose "
+                "another --output-dir, or remove it."
             )
         for line in whole[1:]:
             self.episodes[line["task"], line["episode"]] = line

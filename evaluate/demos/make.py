@@ -26,8 +26,6 @@ which tells what is left of them. (An expert who sees where tokens lead: openvla
 
 import argparse
 import contextlib
-import json
-import os
 import shutil
 import sys
 import time
@@ -249,6 +247,7 @@ def replay(folder: Path, args: argparse.Namespace) -> None:
 
     from openvla.evaluate.demos.replay import open_replayer, report
     from openvla.evaluate.demos.workers import run_in_workers
+    from openvla.evaluate.report import write_json
 
     replayer = open_replayer(folder, args.tokenize)
     count = len(replayer.description["episodes"])
@@ -270,6 +269,4 @@ def replay(folder: Path, args: argparse.Namespace) -> None:
     for entry in found["failed"]:
         print(f"not done again: episode {entry['index']} (task {entry['task']}, initial state {entry['episode']})")
     if args.json:
-        temporary = Path(f"{args.json}.new")
-        temporary.write_text(json.dumps(found, indent=1))
-        os.replace(temporary, args.json)
+        write_json(Path(args.json), found)

