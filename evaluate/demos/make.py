@@ -32,8 +32,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from openvla.cli import command_parser
-from openvla.evaluate.simulate import HELD_OUT
+from openvla.cli import command_parser, parse_numbers
+from openvla.evaluate.envs import HELD_OUT, list_tasks, open_env, versions
 
 FORMATS = {"lerobot": ("lerobot",), "hdf5": ("hdf5",), "both": ("lerobot", "hdf5")}
 
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
 
 # --- Making ----------------------------------------------------------------------------------------------------------
 def make(args: argparse.Namespace) -> None:
-    from openvla.evaluate.demos.parts import Part, Recorder, open_parts, part_name, versions
+    from openvla.evaluate.demos.parts import Part, Recorder, open_parts, part_name
     from openvla.evaluate.demos.workers import run_in_workers
     from openvla.evaluate.demos.writing import write_datasets
 
@@ -132,8 +132,6 @@ def make(args: argparse.Namespace) -> None:
 def read_settings(args: argparse.Namespace):
     """What the options say, as `Settings`."""
     from openvla.evaluate.demos.parts import Settings
-    from openvla.evaluate.envs import list_tasks, open_env
-    from openvla.evaluate.simulate import parse_numbers
 
     if args.extra_steps < 0 or args.noise < 0:
         raise ValueError(f"--extra-steps and --noise must not be negative, got {args.extra_steps} and {args.noise}.")

