@@ -30,7 +30,8 @@ def declare(**changes) -> dict:
 
 def test_what_published_policies_declare_fits():
     CONVENTIONS.check(declare())
-    CONVENTIONS.check(declare(control_frequency=20.0, num_cameras=2))
+    CONVENTIONS.check(declare(control_frequency=20.0, num_cameras=2, proprio_dim=8))
+    CONVENTIONS.check(declare(proprio_dim=0))
     guesses = [{"name": f"{name}?", "unit": ""} for name in NAMES]
     CONVENTIONS.check(declare(action_dims=guesses))
 
@@ -41,6 +42,7 @@ def test_what_published_policies_declare_fits():
         ({"action_dims": declare()["action_dims"][:4]}, "actions have 4 numbers, the simulator wants 7"),
         ({"control_frequency": 5.0}, "acts 5 times a second, the simulator 20"),
         ({"num_cameras": 3}, "needs 3 cameras"),
+        ({"proprio_dim": 7}, "takes 7 numbers of the robot's state, the simulator gives 8"),
         ({"unnorm_key": "taco_play"}, "its actions are in units of taco_play's own"),
         ({"dim": (0, {"unit": "m"})}, "x is in units of 'm', in the simulator '1 = 0.05 m'"),
         ({"dim": (0, {"name": "y"})}, "number 0 is 'y', in the simulator 'x'"),

@@ -51,7 +51,8 @@ class Conventions:
 
         Args:
             metadata: `action_dims`, a list of `{"name", "unit"}` and if known `"low"`, `"high"` (percentiles of the
-                training data), `num_cameras`, `control_frequency`; as `OpenVLAPolicy.metadata` has it.
+                training data), `num_cameras`, `control_frequency`, `proprio_dim` (0: it takes none); as
+                `OpenVLAPolicy.metadata` has it.
         """
         differences = []
         dims = metadata["action_dims"]
@@ -70,6 +71,11 @@ class Conventions:
             differences.append(f"it acts {frequency:g} times a second, the simulator {self.control_frequency:g}")
         if metadata.get("num_cameras", 1) > len(self.cameras):
             differences.append(f"it needs {metadata['num_cameras']} cameras, the simulator has {list(self.cameras)}")
+        if metadata.get("proprio_dim") not in (None, 0, self.proprio_dim):
+            taken = metadata["proprio_dim"]
+            differences.append(
+                f"it takes {taken} numbers of the robot's state, the simulator gives {self.proprio_dim}"
+            )
         if differences:
             raise ValueError(
                 f"The policy ({metadata.get('unnorm_key')}) and the simulator do not speak the same language: "
