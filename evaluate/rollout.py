@@ -6,20 +6,15 @@ the policy's failure, and never left out. If the same episode fails so three tim
 Legend: T action chunk · A action dims.
 """
 
-import contextlib
-import multiprocessing
-import os
-import signal
 import time
-import traceback
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 
 import numpy as np
 
-ATTEMPTS = 3  # of an episode whose simulator dies
+from openvla.evaluate.envs import open_env
+from openvla.evaluate.processes import run_in_processes
+
 PATIENCE = 300.0  # seconds without an answer after which a simulator hangs; opening one takes up to 30
 
 
@@ -56,16 +51,6 @@ class Outcome:
     restarts: int = 0
 
 
-@dataclass(eq=False)  # each is itself: keys of dicts
-class _Worker:
-    process: multiprocessing.Process
-    connection: multiprocessing.connection.Connection
-    job: Job | None = None
-    asked: float = 0.0  # time of the last message to it
-    policy_seconds: float = 0.0
-    replaced: int = 0
-
-
 def run_episodes(
     jobs: Iterable[Job],
     policy,
@@ -90,159 +75,72 @@ def run_episodes(
         patience: seconds after which a simulator counts as hung.
         on_outcome: called after every episode, in the order in which they end.
 
-    Raises RuntimeError if an episode's simulator dies again and again, and whatever the policy raises.
+    Raises RuntimeError if an episode's simulator dies again and again, ValueError if it refuses an episode, and
+    whatever the policy raises.
     """
     if num_envs < 1 or (execute is not None and execute < 1):
         raise ValueError(f"Expected at least one simulator and one action of a chunk, got {num_envs} and {execute}.")
-    pending, outcomes = deque(jobs), {}
-    settings = {"env_options": dict(env_options or {}), "needs": tuple(policy.needs), "seed": seed}
-    workers = [_start_worker(settings) for _ in range(min(num_envs, len(pending)))]
-    restarts: dict[Job, int] = {}
-    try:
-        while pending or any(worker.job for worker in workers):
-            for worker in workers:
-                if worker.job is None and pending:
-                    _assign(worker, pending.popleft())
-            waiting = _collect(workers, patience)
-            # 1. Who ended, who died
-            for worker, (kind, content) in list(waiting.items()):
-                if kind == "observation":
-                    continue
-                waiting.pop(worker)
-                job = worker.job
-                if kind == "outcome":
-                    content.restarts, content.replaced = restarts.get(job, 0), worker.replaced
-                    content.cpu_seconds["policy"] = worker.policy_seconds
-                    outcomes[job] = content
-                    worker.job = None
-                    on_outcome(job, content)
-                    continue
-                restarts[job] = restarts.get(job, 0) + 1
-                if restarts[job] >= ATTEMPTS:
-                    raise RuntimeError(
-                        f"The simulator of {job.suite} task {job.task} episode {job.episode} failed {ATTEMPTS} times, "
-                        f"which is not the policy's failure, so there is no result. The last time: {content}"
-                    )
-                _stop(worker)
-                fresh = _start_worker(settings)
-                workers[workers.index(worker)] = fresh
-                _assign(fresh, job)
-            # 2. What the others should do
-            if waiting:
-                asking = {worker: content for worker, (_, content) in waiting.items()}
-                _act(policy, asking, execute, action_dim)
-    finally:
-        for worker in workers:
-            _stop(worker)
+    outcomes = {}
+
+    def answer(observations: list[dict]) -> list[dict]:
+        return _act(policy, observations, execute, action_dim)
+
+    def note(job: Job, outcome: Outcome, restarts: int) -> None:
+        outcome.restarts = restarts
+        outcomes[job] = outcome
+        on_outcome(job, outcome)
+
+    simulator = _Simulator(dict(env_options or {}), tuple(policy.needs), seed)
+    run_in_processes(simulator, jobs, num_envs, note, answer, _name, patience)
     return outcomes
 
 
-def _assign(worker: _Worker, job: Job) -> None:
-    worker.job, worker.policy_seconds, worker.replaced = job, 0.0, 0
-    _send(worker, ("run", job))
+def _name(job: Job) -> str:
+    return f"{job.suite} task {job.task} episode {job.episode}"
 
 
-def _act(policy, observations: dict[_Worker, dict], execute: int | None, action_dim: int | None) -> None:
+def _act(policy, observations: list[dict], execute: int | None, action_dim: int | None) -> list[dict]:
+    """Per observation the `actions` `(T, A)` to carry out, `replaced` tokens, and processor `seconds`."""
     start = time.process_time()
-    results = policy.infer_batch(list(observations.values()))
+    results = policy.infer_batch(observations)
     share = (time.process_time() - start) / len(observations)
-    for worker, result in zip(observations, results):
+    for result in results:
         shape = np.shape(result["actions"])
         if len(shape) != 2 or 0 in shape or shape[1] != (action_dim or shape[1]):
             raise ValueError(f"The policy gave actions of shape {shape}, expected (T, {action_dim or 'A'}).")
         if not np.isfinite(result["actions"]).all():
             raise ValueError(f"The policy gave an action that is not finite: {result['actions']}.")
-        worker.policy_seconds += share
-        worker.replaced += int(np.sum(result.get("replaced", 0)))
-        _send(worker, ("act", result["actions"][:execute]))
+    return [
+        {"actions": result["actions"][:execute], "replaced": int(np.sum(result.get("replaced", 0))), "seconds": share}
+        for result in results
+    ]
 
 
-def _send(worker: _Worker, message: tuple) -> None:
-    worker.asked = time.monotonic()
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # if it died, `_collect` finds out
-        worker.connection.send(message)
-
-
-def _collect(workers: list[_Worker], patience: float) -> dict[_Worker, tuple]:
-    """At least one message: ("observation", dict), ("outcome", Outcome), or ("failed", reason)."""
-    busy = [worker for worker in workers if worker.job is not None]
-    while True:
-        timeout = max(0.0, min(worker.asked for worker in busy) + patience - time.monotonic())
-        ready = set(wait([worker.connection for worker in busy], timeout))
-        found = {}
-        for worker in busy:
-            if worker.connection in ready:
-                found[worker] = _receive(worker)
-            elif time.monotonic() - worker.asked > patience:
-                found[worker] = ("failed", f"no answer for {patience:g} s")
-        if found:
-            return found
-
-
-def _receive(worker: _Worker) -> tuple:
-    try:
-        return worker.connection.recv()
-    except (EOFError, OSError):  # OSError: it died while it was sending
-        worker.process.join(timeout=10)
-        return ("failed", f"its process ended with status {worker.process.exitcode}")
-
-
-# --- Processes -------------------------------------------------------------------------------------------------------
-def _start_worker(settings: dict) -> _Worker:
-    context = multiprocessing.get_context("spawn")  # forked, a simulator would share the policy's CUDA and threads
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, settings), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
-def _stop(worker: _Worker) -> None:
-    worker.connection.close()
-    worker.process.join(timeout=0.0 if worker.job else 5.0)  # one that waits for a job ends by itself
-    if worker.process.is_alive():
-        worker.process.kill()
-        worker.process.join()
-
-
-def _work(connection, settings: dict) -> None:
-    """A simulator's process: runs the episodes that it is told to, until nobody listens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends us
-    os.environ["OMP_NUM_THREADS"] = "1"
-    simulator = _Simulator(connection, settings)
-    try:
-        while True:
-            message, job = connection.recv()
-            assert message == "run", message
-            connection.send(("outcome", simulator.run(job)))
-    except (EOFError, BrokenPipeError, ConnectionResetError):  # the parent has ended
-        pass
-    except Exception:  # whatever a simulator raises: it is told, and this process is replaced
-        connection.send(("failed", traceback.format_exc()))
-    finally:
-        simulator.close()
-
-
+# --- In the simulators' processes ------------------------------------------------------------------------------------
 class _Simulator:
-    def __init__(self, connection, settings: dict):
-        self.connection, self.settings = connection, settings
+    """Runs episodes; stays open while the task is the same."""
+
+    def __init__(self, env_options: dict, needs: tuple[str, ...], seed: int):
+        self.env_options, self.needs, self.seed = env_options, needs, seed
         self.env, self.opened = None, None
 
-    def run(self, job: Job) -> Outcome:
-        from openvla.evaluate.envs import open_env
-
+    def __call__(self, job: Job, ask: Callable[[dict], dict]) -> Outcome:
+        """`ask`: the policy, with an observation."""
         if self.opened != (job.suite, job.task):
-            self.close()
-            self.env = open_env(job.suite, job.task, **self.settings["env_options"])
-            self.opened = (job.suite, job.task)
+            if self.env is not None:
+                self.env.close()
+            self.env, self.opened = open_env(job.suite, job.task, **self.env_options), (job.suite, job.task)
         env, start = self.env, time.perf_counter()
         env.stopwatch.seconds.clear()
         env.reset(job.episode)
-        expert = env.expert(seed=self.settings["seed"]) if "expert" in self.settings["needs"] else None
+        expert = env.expert(seed=self.seed) if "expert" in self.needs else None
         recording = Recording(env) if job.video else None
-        steps, success = 0, False
+        steps, success, policy_seconds, replaced = 0, False, 0.0, 0
         while not success and steps < env.max_steps:
-            for action in self._ask(expert, (job.task, job.episode, steps)):
+            answer = ask(self._observe(expert, (job.task, job.episode, steps)))
+            policy_seconds += answer["seconds"]
+            replaced += answer["replaced"]
+            for action in answer["actions"]:
                 if recording:
                     recording.add(action)
                 success = env.step(action)
@@ -252,27 +150,18 @@ class _Simulator:
         if recording:
             recording.write(job, success, steps)
         seconds = time.perf_counter() - start
-        return Outcome(success, steps, env.instruction, dict(env.stopwatch.seconds), seconds)
+        spent = {**env.stopwatch.seconds, "policy": policy_seconds}
+        return Outcome(success, steps, env.instruction, spent, seconds, replaced)
 
-    def _ask(self, expert, place: tuple[int, int, int]) -> np.ndarray:
-        """The policy's next actions `(T, A)`. `place`: task, episode and step."""
-        observation = {"instruction": self.env.instruction}
-        if "images" in self.settings["needs"]:
-            observation = self.env.observe()
-        if "place" in self.settings["needs"]:
+    def _observe(self, expert, place: tuple[int, int, int]) -> dict:
+        """What the policy needs. `place`: task, episode and step."""
+        observation = self.env.observe() if "images" in self.needs else {"instruction": self.env.instruction}
+        if "place" in self.needs:
             observation["place"] = place
         if expert:
             with self.env.stopwatch.measure("expert"):
                 observation["expert_action"] = expert.act()
-        self.connection.send(("observation", observation))
-        message, actions = self.connection.recv()
-        assert message == "act", message
-        return actions
-
-    def close(self) -> None:
-        if self.env is not None:
-            self.env.close()
-        self.env = self.opened = None
+        return observation
 
 
 class Recording:

@@ -18,14 +18,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from openvla.action_tokenizer import ActionStats
 from openvla.evaluate.baselines import through_tokens
 from openvla.evaluate.demos import hdf5, make, parts, replay
 from openvla.evaluate.demos.parts import Part, Recorder, Settings, expert_seed, is_no_op, open_parts, part_name, play
-from openvla.evaluate.demos.workers import run_in_workers
 from openvla.evaluate.demos.writing import STATE_NAMES
 from openvla.evaluate.envs import Conventions
+from openvla.evaluate.processes import run_in_processes
 from openvla.finetune.readers import open_reader
 
 h5py = pytest.importorskip("h5py")
@@ -505,26 +506,80 @@ class Fragile:
     def __call__(self, number: int) -> int:
         if number < 0:
             raise ValueError(f"cannot do {number}")
-        if number == 2 and len(list(self.folder.iterdir())) < self.deaths:
-            (self.folder / str(os.getpid())).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 2:
+            self.die()
         if number == 3:
             raise OSError("no room")
         return number**2
 
+    def die(self) -> None:
+        if len(list(self.folder.iterdir())) < self.deaths:
+            (self.folder / str(os.getpid())).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Curious(Fragile):
+    """Asks about `(number, place)` for all places below its number; dies after an answer as often as it is told to."""
+
+    def __call__(self, number: int, ask) -> list:
+        heard = []
+        for place in range(number):
+            heard.append(ask((number, place)))
+            if place == 1:
+                self.die()
+        return heard
+
 
 def test_a_job_whose_process_dies_is_done_again(tmp_path):
     found = {}
-    run_in_workers(Fragile(tmp_path, 2), [1, 2, 4], 2, found.__setitem__)
-    assert found == {1: 1, 2: 4, 4: 16} and len(list(tmp_path.iterdir())) == 2
+    run_in_processes(Fragile(tmp_path, 2), [1, 2, 4], 2, lambda *result: found.update({result[0]: result[1:]}))
+    assert found == {1: (1, 0), 2: (4, 2), 4: (16, 0)} and len(list(tmp_path.iterdir())) == 2
+    assert not multiprocessing.active_children()
+
+
+def test_what_processes_ask_is_answered_from_the_start_if_they_die(tmp_path):
+    asked, found = [], {}
+
+    def answer(questions: list) -> list:
+        time.sleep(0.05)  # meanwhile the others ask
+        asked.append(questions)
+        return [10 * number + place for number, place in questions]
+
+    work, jobs = Curious(tmp_path, 1), [20, 21, 22]
+    run_in_processes(work, jobs, 3, lambda job, *result: found.update({job: result}), answer)
+    assert {job: heard for job, (heard, _) in found.items()} == {
+        number: list(range(10 * number, 11 * number)) for number in jobs
+    }
+    assert sorted(restarts for _, restarts in found.values()) == [0, 0, 1]
+    assert len(sum(asked, [])) == 20 + 21 + 22 + 2  # those before the death were asked twice
+    assert 2 <= max(map(len, asked)) <= 3  # all that wait are answered at once
+    with pytest.raises(ZeroDivisionError):
+        run_in_processes(work, [3], 1, print, lambda questions: 1 / 0)
     assert not multiprocessing.active_children()
 
 
 def test_three_deaths_are_an_error_that_says_which(tmp_path):
     with pytest.raises(RuntimeError, match="number 2 came to nothing 3 times; the last time: .* status -9"):
-        run_in_workers(Fragile(tmp_path, 9), [2], 1, print, lambda job: f"number {job}")
+        run_in_processes(Fragile(tmp_path, 9), [2], 1, print, name=lambda job: f"number {job}")
     with pytest.raises(RuntimeError, match="3 came to nothing 3 times(.|\n)*OSError: no room"):
-        run_in_workers(Fragile(tmp_path, 0), [3], 1, print)
-    with pytest.raises(ValueError, match="-1: cannot do -1"):  # at once
-        run_in_workers(Fragile(tmp_path, 0), [-1, 1], 1, print)
+        run_in_processes(Fragile(tmp_path, 0), [3], 1, print)
+    with pytest.raises(ValueError, match="-1: cannot do -1") as raised:  # at once
+        run_in_processes(Fragile(tmp_path, 0), [-1, 1], 1, print)
+    assert "in __call__" in str(raised.value.__cause__)  # `openvla --traceback` shows where
     assert not multiprocessing.active_children()
+
+
+def count_threads(job) -> tuple[int, str]:
+    """torch is loaded before this is called, as numpy is before a simulator is opened."""
+    return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+
+
+@pytest.mark.parametrize("ours", ["3", None])
+def test_a_process_computes_with_one_thread(ours, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    if ours is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    found = []
+    run_in_processes(count_threads, ["job"], 1, lambda *result: found.append(result))
+    assert found == [("job", (1, "1"), 0)]
+    assert os.environ.get("OMP_NUM_THREADS") == ours  # not here

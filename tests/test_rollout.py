@@ -104,7 +104,19 @@ def test_a_hanging_simulator_is_replaced(undisturbed):
 
 @needs_libero
 def test_a_simulator_that_always_dies_is_no_result():
-    with pytest.raises(RuntimeError, match=r"(?s)episode 77 failed 3 times.*initial states 0 to 49, got 77"):
+    class Kills(RandomPolicy):
+        def infer_batch(self, observations):
+            for process in _simulators():
+                os.kill(process, signal.SIGKILL)
+            return super().infer_batch(observations)
+
+    with pytest.raises(RuntimeError, match=r"libero_object task 0 episode 1 came to nothing 3 times.* status -9"):
+        run_episodes(JOBS[1:], Kills(CONVENTIONS, 0))
+
+
+@needs_libero
+def test_an_episode_that_there_is_not_is_told_at_once():
+    with pytest.raises(ValueError, match="task 0 episode 77: .*initial states 0 to 49, got 77"):
         run_episodes([Job("libero_object", 0, 77)], RandomPolicy(CONVENTIONS, 0))
 
 

@@ -90,8 +90,8 @@ def main(argv: list[str]) -> None:
 # --- Making ----------------------------------------------------------------------------------------------------------
 def make(args: argparse.Namespace) -> None:
     from openvla.evaluate.demos.parts import Part, Recorder, open_parts, part_name
-    from openvla.evaluate.demos.workers import run_in_workers
     from openvla.evaluate.demos.writing import write_datasets
+    from openvla.evaluate.processes import run_in_processes
 
     # 1. What is asked: checked before anything long begins
     settings = read_settings(args)
@@ -108,8 +108,8 @@ def make(args: argparse.Namespace) -> None:
     record = Recorder(settings, folder)
     with _progress(len(jobs), len(jobs) - len(missing)) as note:
         try:
-            run_in_workers(
-                record, missing, args.workers, note, lambda job: f"{args.suite} task {job[0]} episode {job[1]}"
+            run_in_processes(
+                record, missing, args.workers, note, name=lambda job: f"{args.suite} task {job[0]} episode {job[1]}"
             )
         except (KeyboardInterrupt, RuntimeError):
             print(f"finished episodes are in {folder}; the same command goes on from there", file=sys.stderr)
@@ -193,7 +193,7 @@ def _progress(total: int, done: int):
     successes, start = [], time.perf_counter()
     with tqdm(total=total, initial=done, unit="episode", dynamic_ncols=True) as bar:
 
-        def note(job, facts) -> None:
+        def note(job, facts, restarts) -> None:
             successes.append(facts["success"])
             rate = sum(successes) / (time.perf_counter() - start) * 3600
             bar.set_postfix_str(f"kept {sum(successes)}/{len(successes)}, {rate:.0f} an hour", refresh=False)
@@ -244,7 +244,7 @@ def replay(folder: Path, args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from openvla.evaluate.demos.replay import open_replayer, report
-    from openvla.evaluate.demos.workers import run_in_workers
+    from openvla.evaluate.processes import run_in_processes
     from openvla.evaluate.report import write_json
 
     replayer = open_replayer(folder, args.tokenize)
@@ -252,12 +252,12 @@ def replay(folder: Path, args: argparse.Namespace) -> None:
     successes: dict[int, bool] = {}
     with tqdm(total=count, unit="episode", dynamic_ncols=True) as bar:
 
-        def note(index: int, success: bool) -> None:
+        def note(index: int, success: bool, restarts: int) -> None:
             successes[index] = success
             bar.set_postfix_str(f"succeeded {sum(successes.values())}/{len(successes)}", refresh=False)
             bar.update()
 
-        run_in_workers(replayer, range(count), args.workers, note, lambda index: f"{folder} episode {index}")
+        run_in_processes(replayer, range(count), args.workers, note, name=lambda index: f"{folder} episode {index}")
     found = report(replayer, successes)
     instructions = {entry["task"]: entry["instruction"] for entry in replayer.description["tasks"]}
     for entry in [*found["tasks"], {**found, "task": "all"}]:
