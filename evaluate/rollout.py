@@ -148,7 +148,7 @@ class _Simulator:
                 if success or steps == env.max_steps:
                     break
         if recording:
-            recording.write(job, success, steps)
+            recording.write(job, success)
         seconds = time.perf_counter() - start
         spent = {**env.stopwatch.seconds, "policy": policy_seconds}
         return Outcome(success, steps, env.instruction, spent, seconds, replaced)
@@ -175,7 +175,7 @@ class Recording:
         self._film()
         self.actions.append(np.array(action))
 
-    def write(self, job: Job, success: bool, steps: int) -> None:
+    def write(self, job: Job, success: bool) -> None:
         from openvla.evaluate.videos import write_episode
 
         self._film()
