@@ -65,7 +65,7 @@ def dataset_statistics(source: str) -> ActionStats:
     Args:
         source: as for `open_reader`; HDF5 files are LIBERO's, whose gripper becomes 1 = open, 0 = closed.
     """
-    from openvla.evaluate.demos.hdf5 import from_simulator
+    from openvla.evaluate.envs.libero import from_simulator
     from openvla.finetune.readers import open_reader
     from openvla.finetune.readers.hdf5 import HDF5Reader
     from openvla.finetune.statistics import scan, summarize

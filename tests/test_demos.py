@@ -26,6 +26,7 @@ from openvla.evaluate.demos import hdf5, make, parts, replay
 from openvla.evaluate.demos.parts import Part, Recorder, Settings, expert_seed, is_no_op, open_parts, part_name, play
 from openvla.evaluate.demos.writing import STATE_NAMES
 from openvla.evaluate.envs import Conventions
+from openvla.evaluate.envs.libero import from_simulator
 from openvla.evaluate.processes import run_in_processes
 from openvla.finetune.readers import open_reader
 
@@ -314,7 +315,7 @@ def test_random_placements_replay_also_in_tokens_and_from_hdf5(tmp_path, monkeyp
             assert found["replayed"] >= 3 and found["tokenize"] == bool(extra)
             assert found["succeeded"] > 0 if extra else found["succeeded"] == found["replayed"]
     actions = [open_reader(str(tmp_path / form)).read(0).actions for form in ("lerobot", "hdf5")]
-    assert hdf5.from_simulator(actions[1]).tobytes() == actions[0].tobytes()
+    assert from_simulator(actions[1]).tobytes() == actions[0].tobytes()
 
 
 # --- Formats ---------------------------------------------------------------------------------------------------------

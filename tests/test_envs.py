@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from openvla.evaluate.envs.libero import CONVENTIONS, axis_angle
+from openvla.evaluate.envs.libero import CONVENTIONS, axis_angle, from_simulator, to_simulator
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,18 @@ from openvla.evaluate.envs.libero import CONVENTIONS, axis_angle
 )
 def test_axis_angle(quaternion, expected):
     np.testing.assert_allclose(axis_angle(np.array(quaternion)), expected, atol=1e-12)
+
+
+def test_the_gripper_is_rounded_and_turned_round():
+    motion = [0.1, -0.2, 0.3, 0.0, 1.0, -1.0]
+    actions = np.array([[*motion, gripper] for gripper in (1.0, 0.51, 0.49, 0.0)])
+    commands = to_simulator(actions)
+    assert commands[:, 6].tolist() == [-1, -1, 1, 1]  # open, open, closed, closed
+    np.testing.assert_array_equal(commands[:, :6], [motion] * 4)
+    np.testing.assert_array_equal(to_simulator(actions[0]), commands[0])
+    assert actions[:, 6].tolist() == [1.0, 0.51, 0.49, 0.0]  # the policy's own are left alone
+    assert from_simulator(commands)[:, 6].tolist() == [1, 1, 0, 0]
+    np.testing.assert_allclose(from_simulator(commands)[:, :6], [motion] * 4)
 
 
 NAMES = [name for name, _ in CONVENTIONS.action_dims]

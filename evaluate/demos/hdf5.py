@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from openvla.evaluate.demos.parts import Part, frame
+from openvla.evaluate.envs.libero import to_simulator
 
 CAMERAS = {"agentview": "agentview_rgb", "wrist": "eye_in_hand_rgb"}  # of ours: the files'
 
@@ -22,20 +23,6 @@ def write_hdf5_files(folder: Path, kept: list[Part], settings: dict) -> None:
         demos = [part for part in kept if part.facts["task"] == task]
         words = "_".join(demos[0].facts["instruction"].split())
         _write(folder / f"{settings['suite']}_{task:02d}_{words}_demo.hdf5", demos)
-
-
-def to_simulator(actions: np.ndarray) -> np.ndarray:
-    """`(N, 7)` float64: the gripper from 1 = open, 0 = closed to -1 = open, +1 = closed, as `LiberoEnv.step` does."""
-    actions = np.array(actions, dtype=np.float64)
-    actions[:, 6] = -np.sign(2 * actions[:, 6] - 1)
-    return actions
-
-
-def from_simulator(actions: np.ndarray) -> np.ndarray:
-    """The way back, for actions `(N, 7)` of such files, float32."""
-    actions = np.array(actions, dtype=np.float32)
-    actions[:, 6] = (1 - actions[:, 6]) / 2
-    return actions
 
 
 def quaternions(angles: np.ndarray) -> np.ndarray:

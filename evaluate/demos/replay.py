@@ -8,8 +8,8 @@ import numpy as np
 
 from openvla.action_tokenizer import ActionStats
 from openvla.evaluate.baselines import dataset_statistics, through_tokens
-from openvla.evaluate.demos.hdf5 import from_simulator
 from openvla.evaluate.envs import open_env
+from openvla.evaluate.envs.libero import from_simulator
 
 
 @dataclass

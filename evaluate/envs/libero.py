@@ -145,8 +145,7 @@ class LiberoEnv:
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"Expected 7 finite numbers as an action, got {action.tolist()}.")
         with self.stopwatch.measure("physics"):
-            command = np.append(action[:6], -np.sign(2 * action[6] - 1))
-            self._recent, *_ = self.simulator.step(command)
+            self._recent, *_ = self.simulator.step(to_simulator(action))
             return bool(self.simulator.check_success())
 
     def observe(self) -> dict:
@@ -231,6 +230,20 @@ class LiberoEnv:
             self.simulator.reset()
             if past + 1 == len(self._random_states):
                 self._random_states.append(np.random.get_state())
+
+
+def to_simulator(actions: np.ndarray) -> np.ndarray:
+    """`(…, 7)` float64: the gripper from 1 = open, 0 = closed, rounded to either, to -1 = open, +1 = closed."""
+    actions = np.array(actions, dtype=np.float64)
+    actions[..., 6] = -np.sign(2 * actions[..., 6] - 1)
+    return actions
+
+
+def from_simulator(actions: np.ndarray) -> np.ndarray:
+    """The way back, for actions `(…, 7)` of LIBERO's HDF5 files, float32."""
+    actions = np.array(actions, dtype=np.float32)
+    actions[..., 6] = (1 - actions[..., 6]) / 2
+    return actions
 
 
 def axis_angle(quaternion: np.ndarray) -> np.ndarray:
