@@ -1,5 +1,7 @@
 """Plants one mistake at a time in a copy of the package and shows which tests notice: `make test-bite`.
 
+python tests/plant_mistakes.py gripper tokens    # only those that have one of these words in their name
+
 Token ids alone notice few of these: the recorded checkpoint's margins are wide. The tensor comparisons must.
 """
 
@@ -58,13 +60,24 @@ MISTAKES = {
     "anything is proof": ("hub_upload/proof.py", "if worst > allowed:", "if False:"),
     "old weights stay on the Hub": ("hub_upload/remote.py", "states[path] = DELETED", "pass"),
     "others' changes overwritten": ("hub_upload/remote.py", "parent_commit=self.commit", "parent_commit=None"),
+    "conventions not compared": ("evaluate/envs/__init__.py", "if differences:", "if False:"),
+    "LIBERO's gripper not turned round": ("evaluate/envs/libero.py", "-np.sign(2 *", "np.sign(2 *"),
+    "HDF5's gripper not turned round": ("evaluate/baselines.py", "not isinstance(reader, HDF5Reader)", "True"),
+    "expert not in tokens": ("evaluate/baselines.py", "through_tokens(np.stack(actions), self.stats)", "actions"),
+    "90 % for 95 %": ("evaluate/report.py", "1.959963984540054", "1.644853626951472"),
+    "job of a dead process lost": ("evaluate/processes.py", "pending.appendleft(job)", "pass"),
 }
+EVALUATING = ("envs", "envs_metaworld", "rollout", "demos", "report", "offline")
 PUBLISHING = ("convert", "export", "hub_server", "upload", "model_card", "handler", "app", "drawing")
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
+    chosen = [mistake for mistake in MISTAKES if not words or any(word in mistake for word in words)]
+    if not chosen:
+        sys.exit(f"No mistake's name has one of {words} in it; there are {list(MISTAKES)}.")
     unnoticed = []
-    for mistake, (file, text, replacement) in MISTAKES.items():
+    for mistake in chosen:
+        file, text, replacement = MISTAKES[mistake]
         with tempfile.TemporaryDirectory() as parent:
             copy = Path(parent) / "openvla"
             ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "runs", "*.egg-info")
@@ -88,6 +101,8 @@ def main() -> None:
             ]
             if file.startswith("hub_upload/"):
                 command[-1:] = [f"tests/test_{name}.py" for name in PUBLISHING]
+            elif file.startswith("evaluate/"):
+                command[-1:] = [f"tests/test_{name}.py" for name in EVALUATING]
             else:
                 slow = ("cli", "doctor", "hub_roundtrip", "train_end_to_end", *PUBLISHING)
                 command += [f"--ignore=tests/test_{name}.py" for name in slow]
@@ -112,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
