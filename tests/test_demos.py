@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from openvla.action_tokenizer import ActionStats
 from openvla.evaluate.baselines import through_tokens
@@ -570,9 +569,16 @@ def test_three_deaths_are_an_error_that_says_which(tmp_path):
     assert not multiprocessing.active_children()
 
 
-def count_threads(job) -> tuple[int, str]:
-    """torch is loaded before this is called, as numpy is before a simulator is opened."""
-    return torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]
+class CountsThreads:
+    """Has torch loaded where it is copied to, before any job begins, as simulators' processes have numpy."""
+
+    def __init__(self):
+        import torch
+
+        self.count = torch.get_num_threads
+
+    def __call__(self, job) -> tuple[int, str]:
+        return self.count(), os.environ["OMP_NUM_THREADS"]
 
 
 @pytest.mark.parametrize("ours", ["3", None])
@@ -581,6 +587,6 @@ def test_a_process_computes_with_one_thread(ours, monkeypatch):
     if ours is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
     found = []
-    run_in_processes(count_threads, ["job"], 1, lambda *result: found.append(result))
+    run_in_processes(CountsThreads(), ["job"], 1, lambda *result: found.append(result))
     assert found == [("job", (1, "1"), 0)]
     assert os.environ.get("OMP_NUM_THREADS") == ours  # not here
