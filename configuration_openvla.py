@@ -7,11 +7,14 @@ openvla-7b spells out what differs. The same goes for `text_config`: released fi
 version is installed (`rms_norm_eps` 1e-6 although Llama-2 was trained with 1e-5: the released policies act with it).
 """
 
+import inspect
 import json
 import os
 from dataclasses import dataclass, fields, replace
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from .oft_files import HUB_KEYS, find_oft, oft_fields
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,9 @@ VICUNA_PROMPT = (
 
 RESIZE_STRATEGIES = ("resize-naive", "resize-crop", "letterbox")
 ACTION_NORMALIZATIONS = ("q99", "min_max", "mean_std")
+ATTENTIONS = ("causal", "bidirectional", "prefix")
+ACTION_HEADS = ("token", "l1", "diffusion", "flow")
+DENOISING_STEPS = {"diffusion": 50, "flow": 10}  # of each head when acting; diffusion is trained on as many
 LLAMA_SPACE_TOKEN = 29871  # "▁": stands between "Out:" and the first action token in all training text
 
 AUTO_MAP = {
@@ -153,12 +159,19 @@ class OpenVLAConfig(PretrainedConfig):
         timm_model_ids: tower architectures, first `featurizer`, then `fused_featurizer`.
         image_sizes: pixels per tower.
         timm_model_args: `{timm id: {timm argument: value}}`: sizes of towers that `TIMM_TOWERS` does not know.
-        attention: "causal", or "bidirectional" over the whole sequence (parallel decoding).
-        action_head: "token", or the kind of continuous head stored with the weights.
+        attention: one of `ATTENTIONS`: "causal"; or, for decoding all actions of a chunk in parallel, "bidirectional"
+            over the whole sequence (OpenVLA-OFT), or "prefix": images and prompt do not see the actions, which see
+            everything, so that heads which denoise step by step compute the prefix once.
+        action_head: one of `ACTION_HEADS`: "token", or a continuous head stored with the weights.
+        num_denoising_steps: of "diffusion" (a divisor of 50, the steps of its training) and "flow" when acting; None:
+            50 and 10.
         action_chunk: steps T predicted at once.
         action_dim: action size A; None: the length of the statistics chosen by `unnorm_key`.
         proprio_dim: size of the proprioceptive state the policy takes; 0: none.
         num_cameras: images per observation, stacked on channels in a fixed order.
+        film: the mean of the prompt's embeddings modulates every block of both towers (OpenVLA-OFT+).
+        film_counts_padding: padding counts in that mean while training, as in the original, which then acts without
+            any: its policies saw other means in batches than they act with.
         action_normalization: which statistics map [-1, 1] to physical units: one of `ACTION_NORMALIZATIONS`.
         action_bins: `{"edges": [A][n_action_bins], "centers": [A][n_action_bins - 1]}` for bins of equal population
             (see `ActionTokenizer.fit`); None: uniform bins.
@@ -166,8 +179,9 @@ class OpenVLAConfig(PretrainedConfig):
             n_action_bins. None: the language model's vocabulary less its padding.
         prompt_end_token_id: id that must end every prompt, None for vocabularies without one; -1: "▁" for Llama, else
             None.
-        pad_token_id, image_token_id: padding, and the placeholder of one image patch: rows of the padded embedding
-            table that no text token uses. None: the first two behind the actions (32000 and 32001 for Llama-2).
+        pad_token_id, image_token_id, action_slot_id: padding, the placeholder of one embedding that is not text (an
+            image patch, proprioception, …), and in parallel decoding that of one action value: rows of the padded
+            embedding table that no text token uses. None: the first behind the actions (from 32000 for Llama-2).
     """
 
     model_type = "openvla"
@@ -205,11 +219,15 @@ class OpenVLAConfig(PretrainedConfig):
         action_dim: int | None = None,
         proprio_dim: int = 0,
         num_cameras: int = 1,
+        film: bool = False,
+        film_counts_padding: bool = False,
+        num_denoising_steps: int | None = None,
         action_normalization: str = "q99",
         action_bins: dict | None = None,
         action_token_end: int | None = None,
         prompt_end_token_id: int | None = -1,
         image_token_id: int | None = None,
+        action_slot_id: int | None = None,
         **kwargs,
     ):
         # 1. Vision: an explicit tower list wins over the one the id implies.
@@ -273,6 +291,12 @@ class OpenVLAConfig(PretrainedConfig):
         self.action_dim = action_dim
         self.proprio_dim = proprio_dim
         self.num_cameras = num_cameras
+        self.film = film
+        self.film_counts_padding = film_counts_padding
+        self.num_denoising_steps = num_denoising_steps or DENOISING_STEPS.get(action_head)
+        if action_slot_id is None and attention != "causal":
+            action_slot_id = self.image_token_id + 1
+        self.action_slot_id = action_slot_id
         self.action_normalization = action_normalization
         self.action_bins = action_bins
 
@@ -280,10 +304,26 @@ class OpenVLAConfig(PretrainedConfig):
         super().__init__(pad_token_id=pad_token_id, **kwargs)
         self._check()
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """config.json with the fields that the caller gives in place of its own, and with what it does not say of
+        policies of OpenVLA-OFT (see `oft_files.py`). transformers would set given fields behind the constructor's
+        back, unchecked."""
+        hub_kwargs = {name: kwargs.get(name) for name in (*HUB_KEYS, "subfolder")}
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") != cls.model_type:
+            return config_dict, kwargs
+        known = inspect.signature(cls.__init__).parameters
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "kwargs"}
+        files = find_oft(str(pretrained_model_name_or_path), config_dict, **hub_kwargs)
+        fields = {} if files is None else oft_fields(files, config_dict, given)
+        return config_dict | fields | given, kwargs
+
     def _check(self) -> None:
         choices = {
             "image_resize_strategy": RESIZE_STRATEGIES,
-            "attention": ("causal", "bidirectional"),
+            "attention": ATTENTIONS,
+            "action_head": ACTION_HEADS,
             "action_normalization": ACTION_NORMALIZATIONS,
         }
         for name, allowed in choices.items():
@@ -293,6 +333,7 @@ class OpenVLAConfig(PretrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}.")
+        self._check_parallel_decoding()
         if len(self.timm_model_ids) not in (1, 2) or len(self.image_sizes) != len(self.timm_model_ids):
             raise ValueError(
                 f"A policy has one or two vision towers with one image size each, got timm_model_ids="
@@ -302,6 +343,40 @@ class OpenVLAConfig(PretrainedConfig):
             raise ValueError(f"arch_specifier {self.arch_specifier!r} names no projector; expected '…gelu-mlp'.")
         if len({tower.num_patches for tower in self.vision_towers}) != 1:
             raise ValueError(f"Both towers must give the same number of patches, got {self.vision_towers}.")
+
+    def _check_parallel_decoding(self) -> None:
+        head, attention, steps = self.action_head, self.attention, self.num_denoising_steps
+        denoises = head in DENOISING_STEPS
+        if attention == "causal":
+            if head != "token":
+                raise ValueError(f"action_head {head!r} reads all actions at once: attention cannot be 'causal'.")
+            if self.film:
+                raise ValueError("film needs parallel decoding: towers run once, but causal text goes on growing.")
+            return
+        if attention == "prefix" and not denoises:
+            raise ValueError(
+                f"attention 'prefix' is for heads that denoise ({sorted(DENOISING_STEPS)}); {head!r} takes one pass, "
+                "in which 'bidirectional' costs no more."
+            )
+        if self.action_dim is None:
+            raise ValueError(f"attention {attention!r} needs action_dim, which says how many actions are decoded.")
+        if self.action_slot_id >= self.text_config.vocab_size:
+            raise ValueError(
+                f"action_slot_id {self.action_slot_id} needs a row in the embedding table, which has "
+                f"{self.text_config.vocab_size}: resize it to a multiple of 64."
+            )
+        if denoises and (not isinstance(steps, int) or steps < 1 or (head == "diffusion" and 50 % steps)):
+            raise ValueError(f"num_denoising_steps must be positive, for diffusion a divisor of 50; got {steps!r}.")
+
+    @property
+    def has_time_token(self) -> bool:
+        """Whether the time of denoising is a token of its own in the prompt, as in OpenVLA-OFT's diffusion."""
+        return self.action_head == "diffusion" and self.attention == "bidirectional"
+
+    @property
+    def num_placeholders(self) -> int:
+        """Ids `image_token_id` per observation: image patches, then proprioception and the time, if there are any."""
+        return self.num_image_tokens + bool(self.proprio_dim) + self.has_time_token
 
     @property
     def vision_towers(self) -> list[VisionTowerConfig]:
@@ -323,7 +398,7 @@ class OpenVLAConfig(PretrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders per observation: patches of one camera times cameras."""
+        """Image patches per observation: those of one camera times cameras."""
         return self.vision_towers[0].num_patches * self.num_cameras
 
     @property

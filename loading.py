@@ -10,7 +10,8 @@ def load(pretrained_model_name_or_path: str, **kwargs):
 
     Args:
         kwargs: for `from_pretrained` of the model (`dtype`, `device_map`, `quantization_config`, …); `revision`,
-            `token`, `cache_dir`, `local_files_only` and `subfolder` go to the processor, too.
+            `token`, `cache_dir`, `local_files_only` and `subfolder` go to the processor, too. Folders that
+            OpenVLA-OFT's training left may need `action_chunk` and `num_cameras`, which their files do not tell.
 
     Returns `(OpenVLAForActionPrediction in eval mode, OpenVLAProcessor)`.
     """
@@ -25,7 +26,8 @@ def load(pretrained_model_name_or_path: str, **kwargs):
     adapter = cached_file(pretrained_model_name_or_path, "adapter_config.json", **optional, **shared)
     own = cached_file(pretrained_model_name_or_path, "preprocessor_config.json", **optional, **shared)
     if adapter is None or own is not None:
-        processor = OpenVLAProcessor.from_pretrained(pretrained_model_name_or_path, **shared)
+        told = {"num_cameras": kwargs["num_cameras"]} if "num_cameras" in kwargs else {}
+        processor = OpenVLAProcessor.from_pretrained(pretrained_model_name_or_path, **shared, **told)
     else:  # a LoRA adapter alone: the model comes with its base, and so does the processor
         with open(adapter, encoding="utf-8") as file:
             base = json.load(file)["base_model_name_or_path"]

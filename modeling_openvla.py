@@ -1,69 +1,43 @@
-"""Tensors -> action tokens: two vision transformers, a projector and a language model.
+"""Tensors -> actions: two vision transformers, a projector, a language model, and a head.
 
 Unusual, and why:
-* The towers are our own, with timm's parameter names and fused qkv, built one block short and without final norm: the
-  policy reads the second-to-last block, so the original's last block never mattered. Released weight names are public
-  API (old LoRA adapters, quantised and sharded checkpoints depend on them), and timm is not needed.
 * Modules are nested as `{model: {vision_backbone, projector, language_model}, lm_head}`, files keep the released flat
   names; `CHECKPOINT_RENAMES` is the only bridge, used by loading, saving and adapters alike.
 * Images enter through `<image>` placeholders that the processor has put behind BOS, never by growing the sequence
   inside `forward`: generation code counts tokens, and a sequence that grows behind its back loses the image without
   an error. Prompts without placeholders, as old scripts pass them, are expanded once at the door.
-* `predict_action` is its own loop of one prefill and A - 1 greedy steps over exactly the original's tokens.
+* Causal policies act token by token: `predict_action` is its own loop of one prefill and A - 1 greedy steps over
+  exactly the original's tokens. Policies that decode in parallel (OpenVLA-OFT) end in one slot per action value; their
+  attention is not causal, which the language model alone would never tell: the mask is made here.
 
 Legend: B batch · L tokens · P image patches of all cameras · D hidden · T action chunk · A action dims.
 """
 
-import copy
-import glob
-import json
+import inspect
 import logging
-import os
-import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, BitsAndBytesConfig, GenerationMixin, PreTrainedModel
-from transformers import __version__ as transformers_version
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import AutoModel, GenerationMixin
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, cached_file, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
+from .action_heads import ACTION_HEADS, NoisyActionProjector, ProprioProjector, time_embedding
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
-from .configuration_openvla import OpenVLAConfig, VisionTowerConfig
+from .configuration_openvla import OpenVLAConfig
+from .pretrained_openvla import TRANSFORMERS_4, OpenVLAPreTrainedModel
+from .vision_towers import OpenVLAVisionBackbone
 
 logger = logging.getLogger(__name__)
 
-# Released name -> module name, as regular expressions.
-CHECKPOINT_RENAMES = {
-    r"^vision_backbone": "model.vision_backbone",
-    r"^projector": "model.projector",
-    r"^language_model\.model": "model.language_model",
-    r"^language_model\.lm_head": "lm_head",
-}
-# Left in full precision by bitsandbytes: together 8 % of the parameters, and they see the image or pick the token.
-UNQUANTIZED_MODULES = ["model.vision_backbone", "model.projector", "lm_head", "vision_backbone", "projector"]
-_TRANSFORMERS_4 = transformers_version.startswith("4.")
-
-if not _TRANSFORMERS_4:
-    from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    # overwrite: remote code is imported anew for every revision of a repository.
-    register_checkpoint_conversion_mapping(
-        "openvla", [WeightRenaming(source, target) for source, target in CHECKPOINT_RENAMES.items()], overwrite=True
-    )
-
-
-def module_name(released: str) -> str:
-    """Where the tensor of a released name lives in the model."""
-    for pattern, target in CHECKPOINT_RENAMES.items():
-        released = re.sub(pattern, target, released)
-    return released
+# What runs a mask as it is given. Flash attention takes none, but can be told to attend to everything.
+MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
+FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
 
 
 @dataclass
@@ -83,130 +57,6 @@ class ActionOutput(ModelOutput):
     log_probs: torch.Tensor | None = None
     replaced: torch.Tensor | None = None
     hidden_states: torch.Tensor | None = None
-
-
-# --- Vision ----------------------------------------------------------------------------------------------------------
-class PatchEmbed(nn.Module):
-    def __init__(self, tower: VisionTowerConfig):
-        super().__init__()
-        # bias=False with pre_norm is timm's CLIP
-        self.proj = nn.Conv2d(3, tower.embed_dim, tower.patch_size, tower.patch_size, bias=not tower.pre_norm)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class VisionAttention(nn.Module):
-    def __init__(self, tower: VisionTowerConfig):
-        super().__init__()
-        self.num_heads = tower.num_heads
-        self.qkv = nn.Linear(tower.embed_dim, 3 * tower.embed_dim)
-        self.proj = nn.Linear(tower.embed_dim, tower.embed_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(x.transpose(1, 2).reshape(batch, length, width))
-
-
-class VisionMLP(nn.Module):
-    def __init__(self, tower: VisionTowerConfig):
-        super().__init__()
-        hidden = int(tower.embed_dim * tower.mlp_ratio)
-        self.quick_gelu = tower.act_layer == "quick_gelu"
-        self.fc1 = nn.Linear(tower.embed_dim, hidden)
-        self.fc2 = nn.Linear(hidden, tower.embed_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)
-        x = x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x)  # exact (erf) GELU, not SigLIP's tanh
-        return self.fc2(x)
-
-
-class LayerScale(nn.Module):
-    def __init__(self, dim: int, init_value: float):
-        super().__init__()
-        self.init_value = init_value
-        self.scale_factor = nn.Parameter(torch.full((dim,), init_value))  # timm's `gamma`, under its released name
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.scale_factor
-
-
-class VisionBlock(GradientCheckpointingLayer):
-    def __init__(self, tower: VisionTowerConfig):
-        super().__init__()
-        dim, scale = tower.embed_dim, tower.init_values
-        self.norm1 = nn.LayerNorm(dim, eps=tower.norm_eps)
-        self.attn = VisionAttention(tower)
-        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
-        self.norm2 = nn.LayerNorm(dim, eps=tower.norm_eps)
-        self.mlp = VisionMLP(tower)
-        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class VisionTransformer(nn.Module):
-    """A tower up to its second-to-last block, with timm's parameter names: `(B, 3, S, S)` -> `(B, patches, width)`."""
-
-    def __init__(self, tower: VisionTowerConfig):
-        super().__init__()
-        dim, prefix = tower.embed_dim, tower.num_prefix_tokens
-        self.num_prefix_tokens = prefix
-        self.no_embed_class = tower.no_embed_class
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if tower.class_token else None
-        self.reg_token = nn.Parameter(torch.zeros(1, tower.reg_tokens, dim)) if tower.reg_tokens else None
-        positions = tower.num_patches + (0 if tower.no_embed_class else prefix)
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim))
-        self.patch_embed = PatchEmbed(tower)
-        self.norm_pre = nn.LayerNorm(dim, eps=tower.norm_eps) if tower.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(VisionBlock(tower) for _ in range(tower.depth - 1))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.patch_embed(images)
-        if self.no_embed_class:
-            x = x + self.pos_embed
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
-        x = torch.cat([*prefix, x], dim=1)
-        if not self.no_embed_class:
-            x = x + self.pos_embed
-        x = self.norm_pre(x)
-        for block in self.blocks:
-            x = block(x)
-        return x[:, self.num_prefix_tokens :]
-
-
-class OpenVLAVisionBackbone(nn.Module):
-    """All cameras through one or two towers. `(B, 3·N·C, S, S)` -> `(B, P, width of both towers)`."""
-
-    def __init__(self, config: OpenVLAConfig):
-        super().__init__()
-        towers = config.vision_towers
-        self.num_cameras = config.num_cameras
-        self.image_size = towers[0].image_size
-        self.embed_dim = sum(tower.embed_dim for tower in towers)
-        self.featurizer = VisionTransformer(towers[0])
-        self.fused_featurizer = VisionTransformer(towers[1]) if len(towers) == 2 else None
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        channels = 3 if self.fused_featurizer is None else 6
-        expected = (channels * self.num_cameras, self.image_size, self.image_size)
-        if tuple(pixel_values.shape[1:]) != expected or not pixel_values.is_floating_point():
-            raise ValueError(
-                f"Expected floating-point pixel_values {('B', *expected)} for {self.num_cameras} camera(s), got "
-                f"{pixel_values.dtype} {tuple(pixel_values.shape)}: pass images through the processor."
-            )
-        pixel_values = pixel_values.to(self.featurizer.patch_embed.proj.weight.dtype)
-        images = pixel_values.reshape(-1, channels, *pixel_values.shape[2:])  # (B·C, 3·N, S, S)
-        patches = self.featurizer(images[:, :3])
-        if self.fused_featurizer is not None:
-            patches = torch.cat([patches, self.fused_featurizer(images[:, 3:])], dim=2)
-        return patches.reshape(len(pixel_values), -1, self.embed_dim)
 
 
 class OpenVLAProjector(nn.Module):
@@ -231,123 +81,6 @@ class OpenVLAProjector(nn.Module):
 
 
 # --- Models ----------------------------------------------------------------------------------------------------------
-class OpenVLAPreTrainedModel(PreTrainedModel):
-    config_class = OpenVLAConfig
-    config: OpenVLAConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    # A whole tower: `device_map` would otherwise part its position table from its blocks.
-    _no_split_modules = ["VisionTransformer", "OpenVLAProjector"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flash_attn_2 = True  # transformers 4.57
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _checkpoint_conversion_mapping = CHECKPOINT_RENAMES  # peft reads it to load adapters made for the original
-
-    def __init__(self, config: OpenVLAConfig, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        if config.attention != "causal" or config.action_head != "token" or config.proprio_dim:
-            raise ValueError(
-                f"This version of the code runs causal attention with the token head and without proprioception; the "
-                f"checkpoint declares attention={config.attention!r}, action_head={config.action_head!r}, "
-                f"proprio_dim={config.proprio_dim}. Running it anyway would give wrong actions."
-            )
-        # What released files hold beyond what is ever used: last blocks, final norms and pooling heads of the towers.
-        names = ("featurizer", "fused_featurizer")
-        self._keys_to_ignore_on_load_unexpected = [
-            rf"vision_backbone\.{name}\.{unused}"
-            for name, tower in zip(names, config.vision_towers)
-            for unused in (rf"blocks\.{tower.depth - 1}\.", r"norm\.", r"attn_pool\.", r"fc_norm\.", r"head\.")
-        ]
-
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        if hasattr(module, "scale_factor"):
-            nn.init.constant_(module.scale_factor, module.init_value)
-        elif hasattr(module, "pos_embed"):
-            nn.init.trunc_normal_(module.pos_embed, std=0.02)
-            for token in (module.cls_token, module.reg_token):
-                if token is not None:
-                    nn.init.normal_(token, std=1e-6)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, and four things that would otherwise go wrong in silence.
-
-        Weights that are missing or of another shape raise instead of being drawn at random (unless
-        `output_loading_info` asks for the report, or `ignore_mismatched_sizes` allows it). bitsandbytes leaves
-        `UNQUANTIZED_MODULES` alone unless `llm_int8_skip_modules` says otherwise. A `dataset_statistics.json` beside
-        the weights, which the original's fine-tuning writes, replaces `config.norm_stats`, as in the original's
-        deployment. OpenVLA-OFT policies are refused.
-        """
-        if pretrained_model_name_or_path is None:  # a state_dict is given instead
-            return super().from_pretrained(None, *args, **kwargs)
-        path = str(pretrained_model_name_or_path)
-        hub_keys = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
-        refuse_oft(path, hub_kwargs)
-        for flag in ("load_in_4bit", "load_in_8bit"):  # removed in transformers 5, still passed by old scripts
-            if kwargs.pop(flag, False):
-                kwargs["quantization_config"] = BitsAndBytesConfig(**{flag: True})
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _keep_towers_unquantized(kwargs["quantization_config"])
-
-        report_wanted = kwargs.pop("output_loading_info", False)
-        model, report = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
-        missing = sorted(key for key in report["missing_keys"] if ".lora_" not in key)  # those start as no-ops
-        mismatched = [] if kwargs.get("ignore_mismatched_sizes") else list(report["mismatched_keys"])
-        if (missing or mismatched) and not report_wanted:
-            raise ValueError(
-                f"{path} lacks {len(missing)} tensors ({', '.join(missing[:3])} …) and has {len(mismatched)} of "
-                f"another shape ({mismatched[:2]}): a policy with random parts must not act."
-            )
-        model.config.norm_stats = _dataset_statistics(path, hub_kwargs, model.config.norm_stats)
-        return (model, report) if report_wanted else model
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """`PreTrainedModel.save_pretrained` in the released layout, with `dataset_statistics.json` for older tools."""
-        if self.config.norm_stats is not None:
-            os.makedirs(save_directory, exist_ok=True)
-            path = os.path.join(save_directory, "dataset_statistics.json")
-            with open(path + ".tmp", "w", encoding="utf-8") as file:
-                json.dump(self.config.norm_stats, file, indent=2)
-            os.replace(path + ".tmp", path)
-        if not hasattr(self, "lm_head") and not _TRANSFORMERS_4:  # the base model alone has names of its own there
-            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-            kwargs |= {"state_dict": self._fix_state_dict_keys_on_save(state_dict), "save_original_format": False}
-        super().save_pretrained(save_directory, **kwargs)
-
-    # transformers 4.57 applies renames only to its own models: the three hooks below do it there.
-    def load_adapter(self, *args, **kwargs):
-        if _TRANSFORMERS_4:
-            options = dict(kwargs.get("adapter_kwargs") or {})
-            kwargs["adapter_kwargs"] = {**options, "key_mapping": options.get("key_mapping") or CHECKPOINT_RENAMES}
-        return super().load_adapter(*args, **kwargs)
-
-    def _get_key_renaming_mapping(self, checkpoint_keys, key_mapping=None, *unused_flags, **unused_kwargs):
-        is_base = not hasattr(self, "lm_head")
-        return super()._get_key_renaming_mapping(
-            checkpoint_keys, {**CHECKPOINT_RENAMES, **(key_mapping or {})}, is_base, False
-        )
-
-    def _fix_state_dict_keys_on_save(self, state_dict: dict) -> dict:
-        if not hasattr(self, "lm_head"):  # the base model alone: its names lack the "model." of the full one
-            state_dict = {f"model.{key}": value for key, value in state_dict.items()}
-        back = {target: source.strip("^").replace("\\", "") for source, target in CHECKPOINT_RENAMES.items()}
-        renamed = {}
-        for key, value in state_dict.items():
-            target = next((t for t in back if key.startswith(t + ".")), None)
-            renamed[key if target is None else back[target] + key[len(target) :]] = value
-        return renamed
-
-
 class OpenVLAModel(OpenVLAPreTrainedModel):
     """Images and tokens -> last hidden states of the language model."""
 
@@ -356,6 +89,15 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         self.vision_backbone = OpenVLAVisionBackbone(config)
         self.projector = OpenVLAProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        dim = config.text_config.hidden_size
+        denoises = config.action_head in ("diffusion", "flow")
+        self.proprio_projector = ProprioProjector(config.proprio_dim, dim) if config.proprio_dim else None
+        self.noisy_action_projector = NoisyActionProjector(dim, not config.has_time_token) if denoises else None
+        film = [layer for name, layer in self.vision_backbone.named_modules() if name.endswith((".scale", ".shift"))]
+        _start_as_in_torch(self.proprio_projector, self.noisy_action_projector, *film)
+        if config.attention == "bidirectional":  # what flash attention goes by; the others get a mask
+            for layer in self.language_model.layers:
+                layer.self_attn.is_causal = False
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -364,9 +106,32 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, 3·N·C, S, S)` -> `(B, P, D)` embeddings that take the placeholders' place."""
-        return self.projector(self.vision_backbone(pixel_values))
+    def get_image_features(self, pixel_values: torch.Tensor, language: torch.Tensor | None = None) -> torch.Tensor:
+        """`(B, 3·N·C, S, S)` -> `(B, P, D)` embeddings that take the placeholders' place.
+
+        Args:
+            language: `(B, D)` mean of the prompt's embeddings, for policies with FiLM.
+        """
+        if (language is not None) != self.config.film:
+            raise ValueError("Towers with FiLM, and only those, need the language embedding: see `encode_images`.")
+        return self.projector(self.vision_backbone(pixel_values, language))
+
+    def encode_images(
+        self, input_ids: torch.LongTensor, pixel_values: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`get_image_features` for prompts `(B, L)`, which policies with FiLM look at their images with.
+
+        Language is what the original counts as such: all text, from BOS to the end of the sequence.
+        """
+        if not self.config.film:
+            return self.get_image_features(pixel_values)
+        is_text = (input_ids != self.config.image_token_id) & (input_ids != self.config.action_slot_id)
+        if attention_mask is not None and not (self.training and self.config.film_counts_padding):
+            is_text = is_text & attention_mask.bool()
+        embeddings = self.get_input_embeddings()(input_ids)
+        share = is_text / is_text.sum(dim=1, keepdim=True)  # (B, L)
+        language = (embeddings.float() * share[..., None]).sum(dim=1)
+        return self.get_image_features(pixel_values, language.to(embeddings.dtype))
 
     @can_return_tuple
     def forward(
@@ -377,31 +142,43 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
+        noisy_actions: torch.Tensor | None = None,
+        times: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Runs the language model over embeddings whose placeholders are replaced by image patches.
 
         Args:
-            input_ids: `(B, L)` with exactly P ids `config.image_token_id` in each row if there are `pixel_values`.
+            input_ids: `(B, L)` with, if there are images, exactly `config.num_placeholders` ids
+                `config.image_token_id` in each row; in parallel decoding also T·A ids `config.action_slot_id`.
             pixel_values: `(B, 3·N·C, S, S)`, in the first pass only.
+            proprio: `(B, config.proprio_dim)` in [-1, 1].
+            noisy_actions, times: `(B, T, A)` and `(B,)`, for heads that denoise: what fills the slots.
+            image_features: `(B, P, D)` of `encode_images`, instead of `pixel_values`.
 
         Raises ValueError when placeholders and images do not match, per row: neither an image that nobody looks at
         nor a placeholder without an image may pass.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if input_ids is None and (pixel_values is not None or self.config.attention != "causal"):
+            raise ValueError("Images and action slots need input_ids, whose placeholders tell where they go.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
         if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("pixel_values need input_ids, whose placeholders tell where the patches go.")
-            patches = self.get_image_features(pixel_values)  # (B, P, D)
-            is_image = input_ids == self.config.image_token_id  # (B, L)
-            _check_placeholders(is_image, patches.shape[:2])
-            patches = patches.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), patches)
+            image_features = self.encode_images(input_ids, pixel_values, attention_mask)
+        if image_features is not None:
+            features = self._add_state(image_features, proprio, times)
+            inputs_embeds = _scatter(inputs_embeds, input_ids == self.config.image_token_id, features, "image")
         elif input_ids is not None and input_ids.shape[1] > 1:  # a decode step has one token, and no time to wait
-            _check_placeholders(input_ids == self.config.image_token_id, (len(input_ids), 0))
+            _check_placeholders(input_ids == self.config.image_token_id, (len(input_ids), 0), "image")
+        if self.config.attention != "causal":
+            inputs_embeds = self._fill_slots(inputs_embeds, input_ids, noisy_actions, times)
+            if position_ids is None and attention_mask is not None and past_key_values is None:
+                position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+            attention_mask = self._parallel_mask(inputs_embeds, input_ids, attention_mask, past_key_values)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -410,17 +187,83 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             **kwargs,
         )
 
+    def _add_state(
+        self, image_features: torch.Tensor, proprio: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        """All that takes placeholders: patches, then proprioception, then the time of denoising; `(B, P + …, D)`."""
+        expected = self.config.proprio_dim
+        if (0 if proprio is None else proprio.shape[-1]) != expected:
+            raise ValueError(
+                f"The policy takes proprio of {expected or 'no'} dims, got "
+                f"{'none' if proprio is None else tuple(proprio.shape)}."
+            )
+        features = [image_features]
+        if proprio is not None:
+            features.append(self.proprio_projector(proprio))
+        if self.config.has_time_token:
+            features.append(time_embedding(times, image_features.shape[-1])[:, None])
+        return torch.cat([each.to(image_features) for each in features], dim=1)
+
+    def _fill_slots(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.LongTensor,
+        noisy_actions: torch.Tensor | None,
+        times: torch.Tensor | None,
+    ) -> torch.Tensor:
+        slots = input_ids == self.config.action_slot_id  # (B, L)
+        if noisy_actions is None:
+            return inputs_embeds.masked_fill(slots.unsqueeze(-1), 0.0)
+        return _scatter(inputs_embeds, slots, self.noisy_action_projector(noisy_actions, times), "action slot")
+
+    def _parallel_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values,
+    ):
+        """A mask that the language model takes as it is: everything sees everything but padding, except that with
+        attention "prefix" what stands before the slots does not see them."""
+        config = self.language_model.config
+        kind, prefix = config._attn_implementation, self.config.attention == "prefix"
+        if kind in FLASH_ATTENTIONS and not prefix:
+            return attention_mask
+        if kind not in MASKED_ATTENTIONS:
+            raise ValueError(
+                f"attn_implementation {kind!r} would run this policy's {self.config.attention} attention as causal, "
+                f"and act wrongly; use one of {MASKED_ATTENTIONS}{'' if prefix else f' or {FLASH_ATTENTIONS}'}."
+            )
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        in_slots = (input_ids == self.config.action_slot_id).cumsum(dim=1) > 0  # (B, L), to the end of the row
+        one_pass = prefix and not past
+
+        def sees(batch, head, query, key):
+            if one_pass:
+                return in_slots[batch, query] | ~in_slots[batch, key]
+            return key >= 0
+
+        options = {"past_key_values": past_key_values, "or_mask_function": sees}
+        if "cache_position" in inspect.signature(create_causal_mask).parameters:  # transformers 4.57
+            options["cache_position"] = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
+        if attention_mask is None:  # or nothing might be made: causal is what no mask means
+            attention_mask = torch.ones(len(input_ids), past + input_ids.shape[1], device=input_ids.device)
+        return create_causal_mask(config, inputs_embeds, attention_mask.bool(), **options)
+
 
 class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
     """OpenVLA with its token head: `predict_action` for robots, `forward` for training, `generate` for the rest."""
 
-    _tied_weights_keys = [] if _TRANSFORMERS_4 else {}
-    _tp_plan = {"lm_head": "colwise_rep" if _TRANSFORMERS_4 else "colwise_gather_output"}
+    _tied_weights_keys = [] if TRANSFORMERS_4 else {}
+    _tp_plan = {"lm_head": "colwise_rep" if TRANSFORMERS_4 else "colwise_gather_output"}
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__(config)
         self.model = OpenVLAModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        head = ACTION_HEADS.get(config.action_head)
+        self.action_head = head(config.text_config.hidden_size, config.action_dim) if head else None
+        _start_as_in_torch(self.action_head)
         self.action_tokenizer = ActionTokenizer.from_config(config)
         self.loss_type = "ForCausalLM"
         self.post_init()
@@ -467,20 +310,32 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        proprio: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Next-token logits, and the cross-entropy with `labels`.
+        """Next-token logits, and the cross-entropy with `labels`; or the loss of a continuous head.
 
         Args:
             input_ids: `(B, L)`, with placeholders, or as the original's collator makes them, without.
             labels: as long as `input_ids`; -100 is not scored.
             logits_to_keep: compute logits for the last n positions (0: all) or for an index tensor of positions.
+            proprio: `(B, config.proprio_dim)` in [-1, 1], for policies that take it.
+            actions: `(B, T, A)` in [-1, 1], for continuous heads: what to learn. No logits are made then.
+            counted: `(B, T)` bool, which of their steps are scored; None: all.
         """
         if pixel_values is not None and input_ids is not None and self._lacks_placeholders(input_ids):
             if past_key_values is not None and past_key_values.get_seq_length() > 0:
                 pixel_values = None  # a later step of a caller that always passes the image: it is in the cache
             else:
                 input_ids, attention_mask, labels = self.expand_image_tokens(input_ids, attention_mask, labels)
+        corrupted = None
+        if actions is not None:
+            if self.action_head is None:
+                raise ValueError("A policy with the token head learns from labels, not from actions.")
+            corrupted = self.action_head.corrupt(actions.float())
+            kwargs |= {"noisy_actions": corrupted.noisy, "times": corrupted.times}
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -488,8 +343,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            proprio=proprio,
             **kwargs,
         )
+        if corrupted is not None:
+            hidden = self._read_slots(outputs.last_hidden_state, input_ids)  # (B, T·A, D)
+            return CausalLMOutputWithPast(loss=self.action_head.loss(hidden, corrupted.target, counted))
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])  # (B, L, vocabulary)
         loss = None
@@ -503,6 +362,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
+    def _read_slots(self, hidden: torch.Tensor, input_ids: torch.LongTensor) -> torch.Tensor:
+        """The hidden states `(B, T·A, D)` that actions are read from: those of the slots, or, with attention
+        "bidirectional" as in OpenVLA-OFT, those one position before: tokens predict what comes next."""
+        slots = input_ids == self.config.action_slot_id
+        _check_placeholders(slots, (len(input_ids), self.config.action_chunk * self.config.action_dim), "action slot")
+        if self.config.attention == "bidirectional":
+            slots = F.pad(slots[:, 1:], (0, 1))
+        return hidden[slots].reshape(len(hidden), -1, hidden.shape[-1])
+
     def expand_image_tokens(
         self,
         input_ids: torch.LongTensor,
@@ -515,7 +383,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         appended "▁" as the original does) is completed. Returns ids, mask and labels of `(B, L + P)`.
         """
         mask = self._complete_mask(input_ids, attention_mask)
-        count = self.config.num_image_tokens
+        count = self.config.num_placeholders
         for row, attended in zip(input_ids.tolist(), mask.tolist()):
             self._refuse_foreign_placeholders([token for token, keep in zip(row, attended) if keep])
         first = mask.argmax(dim=1, keepdim=True)  # (B, 1)
@@ -530,6 +398,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, **kwargs):
         """`GenerationMixin.generate`; prompts without placeholders come back without them."""
+        if self.config.attention != "causal":
+            raise ValueError("This policy decodes all actions at once, not token by token: use predict_action.")
         if inputs is not None:
             kwargs["input_ids"] = inputs
         input_ids = kwargs.get("input_ids")
@@ -593,9 +463,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         *,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        proprio: np.ndarray | torch.Tensor | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        num_denoising_steps: int | None = None,
+        noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         strict: bool = False,
         return_dict: bool = False,
@@ -608,26 +481,36 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             unnorm_key: whose statistics to use; None if the checkpoint has exactly one dataset.
             pixel_values: `(B, 3·N·C, S, S)`.
             attention_mask: `(B, L)`; None: everything but padding ids.
-            do_sample, temperature, top_p, generator: sample among action tokens instead of taking the best.
+            proprio: `(B, config.proprio_dim)` or `(config.proprio_dim,)`, in the units of the dataset.
+            do_sample, temperature, top_p: sample among action tokens instead of taking the best.
+            num_denoising_steps: of heads that denoise; None: as the checkpoint declares.
+            noise: `(B, T, A)` float32, what they start from; None: drawn from `generator`.
+            generator: of whatever is drawn; on the CPU for noise.
             strict: raise RuntimeError when the language model prefers a token that is not an action, instead of
                 taking the best action token and warning.
-            return_dict: return `{"actions", "token_ids", "log_probs", "replaced"}` instead of the actions alone.
+            return_dict: return `{"actions", …}` instead of the actions alone, for the token head with `token_ids`,
+                `log_probs` and `replaced`.
 
         Returns float64 `(A,)` for one observation and a one-step policy, `(T, A)` for an action chunk, with a leading
         batch axis for more than one observation, in the units of the dataset `unnorm_key`: metres and radians in
         bridge_orig, whatever the controller took elsewhere; gripper 1 = open.
 
-        Source: Kim et al. 2024 (arXiv:2406.09246), sec. 3.2.
+        Source: Kim et al. 2024 (arXiv:2406.09246), sec. 3.2; of chunks, Kim et al. 2025 (arXiv:2502.19645).
         """
         stats = ActionStats.from_norm_stats(self.norm_stats, unnorm_key, self.config.action_normalization)
+        if proprio is not None:
+            proprio = self._normalize_proprio(proprio, unnorm_key)
         output = self.sample_actions(
             input_ids,
             pixel_values,
             attention_mask,
             action_dim=stats.dim,
+            proprio=proprio,
             do_sample=do_sample,
             temperature=temperature,
             top_p=top_p,
+            num_denoising_steps=num_denoising_steps,
+            noise=noise,
             generator=generator,
             strict=strict,
         )
@@ -638,8 +521,22 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             actions = actions[0]
         if not return_dict:
             return actions
-        arrays = {name: getattr(output, name).cpu().numpy() for name in ("token_ids", "log_probs", "replaced")}
-        return {"actions": actions, **arrays}
+        names = [name for name in ("token_ids", "log_probs", "replaced") if getattr(output, name) is not None]
+        return {"actions": actions, **{name: getattr(output, name).cpu().numpy() for name in names}}
+
+    def _normalize_proprio(self, proprio: np.ndarray | torch.Tensor, unnorm_key: str | None) -> torch.Tensor:
+        """`(B, P)` float32 in [-1, 1], clipped, on the model's device. Dims that never change in the dataset are 0, as
+        in the original's training; its `normalize_proprio` for acting makes them -1."""
+        if not self.config.proprio_dim:
+            raise ValueError("This policy takes no proprio.")
+        stats = ActionStats.from_norm_stats(self.norm_stats, unnorm_key, self.config.action_normalization, "proprio")
+        proprio = np.atleast_2d(np.asarray(torch.as_tensor(proprio).cpu(), dtype=np.float64))
+        if proprio.shape[-1] != self.config.proprio_dim or stats.dim != self.config.proprio_dim:
+            raise ValueError(
+                f"The policy takes proprio of {self.config.proprio_dim} dims, got {proprio.shape}; its statistics "
+                f"have {stats.dim}."
+            )
+        return torch.from_numpy(stats.normalize(proprio)).to(self.device, torch.float32)
 
     def sample_actions(
         self,
@@ -647,22 +544,28 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         action_dim: int | None = None,
+        proprio: torch.Tensor | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
+        num_denoising_steps: int | None = None,
+        noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         strict: bool = False,
         log_probs_over: str = "actions",
         output_hidden_states: bool = False,
     ) -> ActionOutput:
-        """Decodes T·A action tokens after one prefill; normalised actions, log-probabilities, hidden states.
+        """T·A action tokens after one prefill, or a chunk in one pass: normalised actions, log-probabilities, hidden
+        states.
 
         Args:
             action_dim: A; None: `config.action_dim`.
+            proprio: `(B, config.proprio_dim)` in [-1, 1].
             do_sample: sample from the softmax over action ids at `temperature`, cut to the nucleus `top_p`.
             log_probs_over: "actions" (softmax over the action ids) or "vocabulary" (over all ids); at `temperature` if
                 sampling, before the nucleus cut.
-            output_hidden_states: also return the hidden state each token was read from.
+            output_hidden_states: also return the hidden state each token (of heads that denoise: each action value,
+                in the last step) was read from.
 
         Other arguments as in `predict_action`.
         """
@@ -677,96 +580,153 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError(f"log_probs_over must be 'actions' or 'vocabulary', got {log_probs_over!r}.")
         if do_sample and not (temperature > 0 and 0 < top_p <= 1):
             raise ValueError(f"Sampling needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
+        if do_sample and self.action_head is not None:
+            raise ValueError(f"do_sample is for the token head; {self.config.action_head!r} has no tokens.")
         if pixel_values is None or input_ids is None:
             raise ValueError("An action needs both input_ids and pixel_values: pass the processor's whole output.")
         input_ids, mask = self._pack_prompts(input_ids, attention_mask)
         if len(input_ids) != len(pixel_values):
             raise ValueError(f"Got {len(input_ids)} prompts but {len(pixel_values)} images.")
+        if proprio is not None and len(proprio) != len(input_ids):
+            raise ValueError(f"Got {len(input_ids)} prompts but proprio of {len(proprio)} observations.")
+        observation = {"pixel_values": pixel_values, "proprio": proprio}
+        choose = _TokenChoice(
+            self.action_tokenizer, (temperature, top_p, generator) if do_sample else None, log_probs_over
+        )
         training = [module for module in self.modules() if module.training]
         self.eval()  # dropout off; and gradient checkpointing in training mode would drop the cache, image and all
         try:
-            return self._decode_actions(
-                input_ids,
-                pixel_values,
-                mask,
-                action_dim,
-                (temperature, top_p, generator) if do_sample else None,
-                strict,
-                log_probs_over,
-                output_hidden_states,
-            )
+            if self.config.attention == "causal":
+                found = self._decode_tokens(input_ids, mask, observation, action_dim, choose)
+            elif self.action_head is None:
+                hidden = self._run_slots(input_ids, mask, observation)()
+                found = {"hidden_states": hidden, **choose(self.lm_head(hidden))}
+            else:
+                shape = (len(input_ids), self.config.action_chunk, action_dim)
+                if noise is None:
+                    noise = torch.randn(shape, generator=generator)
+                found = self._denoise(input_ids, mask, observation, noise.to(self.device), num_denoising_steps)
         finally:
             for module in training:
                 module.training = True
+        if "token_ids" in found:
+            self._report(choose, found["replaced"], strict)
+            shape = (len(input_ids), self.config.action_chunk, action_dim)
+            ids = found["token_ids"].cpu().numpy().reshape(shape)
+            found["actions"] = torch.from_numpy(self.action_tokenizer.decode(ids))
+        if not output_hidden_states:
+            found["hidden_states"] = None
+        return ActionOutput(**found)
 
     @torch.no_grad()
-    def _decode_actions(
-        self,
-        input_ids: torch.LongTensor,
-        pixel_values: torch.Tensor,
-        mask: torch.LongTensor | None,
-        action_dim: int,
-        sampling: tuple | None,
-        strict: bool,
-        log_probs_over: str,
-        output_hidden_states: bool,
-    ) -> ActionOutput:
-        start, end = self.action_tokenizer.vocab_start, self.action_tokenizer.vocab_end
-        temperature, top_p, generator = sampling or (1.0, 1.0, None)
-        tokens, log_probs, replaced, finite, hidden_states = [], [], [], [], []
+    def _decode_tokens(
+        self, input_ids: torch.LongTensor, mask: torch.LongTensor | None, observation: dict, action_dim: int, choose
+    ) -> dict[str, torch.Tensor]:
+        """T·A tokens, each given those before it."""
+        steps = []
         step_ids, position_ids, cache = input_ids, None, None
         if mask is not None:
             position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        for step in range(self.config.action_chunk * action_dim):
+        for _ in range(self.config.action_chunk * action_dim):
             # 1. One pass: the whole prompt with the image, then one token at a time
             outputs = self.model(
                 input_ids=step_ids,
-                pixel_values=pixel_values if step == 0 else None,
+                **(observation if cache is None else {}),
                 attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
             )
             cache = outputs.past_key_values
-            hidden = outputs.last_hidden_state[:, -1]  # (B, D)
-            logits = self.lm_head(hidden).float() / temperature  # (B, vocabulary)
-            finite.append(logits.isfinite().all())
+            hidden = outputs.last_hidden_state[:, -1:]  # (B, 1, D)
 
-            # 2. The best (or a sampled) action id, whatever the rest of the vocabulary says; but note what it says
-            action_logits = logits[:, start:end]
-            best = logits.argmax(dim=-1)
-            replaced.append((best < start) | (best >= end))
-            index = _sample(action_logits, top_p, generator) if sampling else action_logits.argmax(dim=-1)
-            scored = (action_logits, index) if log_probs_over == "actions" else (logits, index + start)
-            log_probs.append(scored[0].log_softmax(dim=-1).gather(1, scored[1][:, None])[:, 0])
-            tokens.append(index + start)
-            if output_hidden_states:
-                hidden_states.append(hidden)
+            # 2. The best (or a sampled) action id
+            steps.append({"hidden_states": hidden, **choose(self.lm_head(hidden))})
 
             # 3. Feed it back
-            step_ids = tokens[-1][:, None]
+            step_ids = steps[-1]["token_ids"]
             if mask is not None:
                 mask = F.pad(mask, (0, 1), value=1)
                 position_ids = position_ids[:, -1:] + 1
+        return {name: torch.cat([step[name] for step in steps], dim=1) for name in steps[0]}
 
-        token_ids, replaced = torch.stack(tokens, dim=1), torch.stack(replaced, dim=1)
-        if not torch.stack(finite).all():
+    @torch.no_grad()
+    def _denoise(
+        self,
+        input_ids: torch.LongTensor,
+        mask: torch.LongTensor | None,
+        observation: dict,
+        noise: torch.Tensor,
+        steps: int | None,
+    ) -> dict[str, torch.Tensor]:
+        """A chunk from a continuous head."""
+        expected = (len(input_ids), self.config.action_chunk, self.config.action_dim)
+        if tuple(noise.shape) != expected:
+            raise ValueError(f"Expected noise of {expected}, got {tuple(noise.shape)}.")
+        run = self._run_slots(input_ids, mask, observation)
+        hidden = None
+
+        def slots(noisy: torch.Tensor | None, times: torch.Tensor | None) -> torch.Tensor:
+            nonlocal hidden
+            hidden = run(noisy, times)
+            return hidden
+
+        actions = self.action_head.sample(slots, noise.float(), steps or self.config.num_denoising_steps)
+        if not actions.isfinite().all():
             raise RuntimeError(
-                "The language model's logits hold NaN or infinity: broken weights, broken pixel_values, or an "
-                f"overflow of {self.dtype}. No action was returned."
+                "The action head's output holds NaN or infinity: broken weights, broken pixel_values, or an overflow "
+                f"of {self.dtype}. No action was returned."
             )
-        if replaced.any():
-            self._report_replaced(replaced, strict)
-        normalized = self.action_tokenizer.decode(
-            token_ids.cpu().numpy().reshape(len(token_ids), self.config.action_chunk, action_dim)
-        )
-        return ActionOutput(
-            actions=torch.from_numpy(normalized),
-            token_ids=token_ids,
-            log_probs=torch.stack(log_probs, dim=1),
-            replaced=replaced,
-            hidden_states=torch.stack(hidden_states, dim=1) if output_hidden_states else None,
-        )
+        return {"actions": actions.double().cpu(), "hidden_states": hidden}
+
+    @torch.no_grad()
+    def _run_slots(self, input_ids: torch.LongTensor, mask: torch.LongTensor | None, observation: dict):
+        """The policy as a function of what fills the slots: `(noisy actions, times) -> (B, T·A, D)`.
+
+        With attention "prefix" images and prompt are computed here, once: exactly what one pass over everything would
+        give. With "bidirectional" they see the slots, so only the towers' work can be kept.
+        """
+        config = self.config
+        count, is_prefix = config.action_chunk * config.action_dim, config.attention == "prefix"
+        end = [] if is_prefix else [config.text_config.eos_token_id]
+        suffix = torch.tensor([config.action_slot_id] * count + end, device=input_ids.device)
+        suffix = suffix.expand(len(input_ids), -1)
+        length = input_ids.shape[1]
+        whole = torch.cat([input_ids, suffix], dim=1)
+        whole_mask = None if mask is None else F.pad(mask, (0, suffix.shape[1]), value=1)
+        if is_prefix:
+            prompt = self.model(input_ids=input_ids, attention_mask=mask, use_cache=True, **observation)
+            cache, positions = prompt.past_key_values, None
+            if mask is not None:
+                positions = (whole_mask.cumsum(dim=1) - 1)[:, length:]
+        else:
+            features = self.model.encode_images(whole, observation["pixel_values"], whole_mask)
+
+        @torch.no_grad()
+        def run(noisy: torch.Tensor | None = None, times: torch.Tensor | None = None) -> torch.Tensor:
+            fill = {"noisy_actions": noisy, "times": times}
+            if is_prefix:
+                outputs = self.model(
+                    input_ids=suffix,
+                    attention_mask=whole_mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **fill,
+                )
+                cache.crop(-suffix.shape[1])  # the slots of this step are not for the next one to see
+                return outputs.last_hidden_state
+            outputs = self.model(
+                input_ids=whole,
+                image_features=features,
+                attention_mask=whole_mask,
+                proprio=observation["proprio"],
+                use_cache=False,
+                **fill,
+            )
+            return outputs.last_hidden_state[:, length - 1 : length - 1 + count]  # as `_read_slots`
+
+        return run
 
     def _pack_prompts(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
@@ -777,7 +737,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             attention_mask = torch.atleast_2d(torch.as_tensor(attention_mask))
         mask = self._complete_mask(input_ids, attention_mask)
         image_id, end_id = self.config.image_token_id, self.config.prompt_end_token_id
-        count = self.config.num_image_tokens
+        count = self.config.num_placeholders
         rows = []
         for row, attended in zip(input_ids.tolist(), mask.tolist()):
             row = [token for token, keep in zip(row, attended) if keep]
@@ -796,7 +756,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return torch.tensor(packed, device=self.device), mask
 
-    def _report_replaced(self, replaced: torch.Tensor, strict: bool):
+    def _report(self, choose: "_TokenChoice", replaced: torch.Tensor, strict: bool) -> None:
+        """Tells of, or raises for, tokens that a policy which knows its task would not prefer."""
+        if not torch.stack(choose.finite).all():
+            raise RuntimeError(
+                "The language model's logits hold NaN or infinity: broken weights, broken pixel_values, or an "
+                f"overflow of {self.dtype}. No action was returned."
+            )
+        if not replaced.any():
+            return
         where = [f"row {row} token {token}" for row, token in replaced.nonzero().tolist()]
         message = (
             f"The language model preferred a token that is not an action at {', '.join(where[:8])}"
@@ -807,6 +775,37 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         logger.warning("%s The best action tokens were taken instead; pass strict=True to raise.", message)
 
 
+@dataclass
+class _TokenChoice:
+    """The best (or a sampled) action id, whatever the rest of the vocabulary says; but it notes what that says.
+
+    Args:
+        sampling: `(temperature, top_p, generator)`; None: the best.
+    """
+
+    tokenizer: ActionTokenizer
+    sampling: tuple | None
+    log_probs_over: str
+    finite: list[torch.Tensor] = field(default_factory=list)  # whether all logits were, looked at in the end
+
+    def __call__(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Fields of `ActionOutput` for logits `(B, n, vocabulary)` of n tokens."""
+        start, end = self.tokenizer.vocab_start, self.tokenizer.vocab_end
+        temperature, top_p, generator = self.sampling or (1.0, 1.0, None)
+        logits = logits.float() / temperature
+        self.finite.append(logits.isfinite().all())
+        action_logits = logits[..., start:end]
+        best = logits.argmax(dim=-1)
+        if self.sampling:
+            index = _sample(action_logits.flatten(0, 1), top_p, generator).reshape(best.shape)
+        else:
+            index = action_logits.argmax(dim=-1)
+        scored, chosen = (action_logits, index) if self.log_probs_over == "actions" else (logits, index + start)
+        log_probs = scored.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
+        replaced = (best < start) | (best >= end)
+        return {"token_ids": index + start, "log_probs": log_probs, "replaced": replaced}
+
+
 def _sample(logits: torch.Tensor, top_p: float, generator: torch.Generator | None) -> torch.LongTensor:
     """Draws from softmax(logits) `(B, n)` cut to the smallest set of ids whose probability reaches `top_p`."""
     probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
@@ -815,61 +814,29 @@ def _sample(logits: torch.Tensor, top_p: float, generator: torch.Generator | Non
     return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
-def _check_placeholders(is_image: torch.Tensor, expected: tuple[int, int]) -> None:
+def _start_as_in_torch(*modules: nn.Module | None) -> None:
+    """Marks layers that start from PyTorch's own initialisation, as the original's, instead of transformers'."""
+    for module in modules:
+        for layer in [] if module is None else module.modules():
+            layer.starts_as_in_torch = hasattr(layer, "reset_parameters")
+
+
+def _scatter(inputs_embeds: torch.Tensor, places: torch.Tensor, features: torch.Tensor, what: str) -> torch.Tensor:
+    """`features` `(B, n, D)` in the n places `(B, L)` of each row."""
+    _check_placeholders(places, features.shape[:2], what)
+    features = features.to(device=inputs_embeds.device, dtype=inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(places.unsqueeze(-1), features)
+
+
+def _check_placeholders(places: torch.Tensor, expected: tuple[int, int], what: str) -> None:
     if torch.compiler.is_compiling():
         return
     batch, count = expected
-    if len(is_image) != batch or bool((is_image.sum(dim=1) != count).any()):
+    if len(places) != batch or bool((places.sum(dim=1) != count).any()):
         raise ValueError(
-            f"Expected {batch} row(s) with {count} image placeholders each, got {is_image.sum(dim=1).tolist()}: "
+            f"Expected {batch} row(s) with {count} {what} placeholders each, got {places.sum(dim=1).tolist()}: "
             "pass the processor's input_ids and pixel_values together."
         )
-
-
-def _keep_towers_unquantized(quantization_config):
-    """A copy of a bitsandbytes configuration that skips `UNQUANTIZED_MODULES`; other kinds are left as they are."""
-    quantization_config = copy.deepcopy(quantization_config)
-    if isinstance(quantization_config, dict):
-        if quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit"):
-            quantization_config.setdefault("llm_int8_skip_modules", list(UNQUANTIZED_MODULES))
-    elif getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
-        quantization_config.llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
-    return quantization_config
-
-
-def refuse_oft(path: str, hub_kwargs: dict) -> None:
-    """OFT needs bidirectional attention and mostly a head of its own, and its config.json does not say so.
-
-    Its training leaves `action_head--*.pt` and a folder `lora_adapter` beside the merged weights. A policy that was
-    stripped of both cannot be told from a plain OpenVLA.
-    """
-    names = ("config.json", "lora_adapter/adapter_config.json")
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    config, adapter = (cached_file(path, name, **optional, **hub_kwargs) for name in names)
-    folder = os.path.dirname(config) if config else path
-    heads = glob.glob(os.path.join(glob.escape(folder), "action_head--*.pt"))
-    if heads or adapter:
-        raise ValueError(
-            f"{path} holds an OpenVLA-OFT policy ({os.path.relpath((heads or [adapter])[0], folder)}): it needs "
-            "bidirectional attention and its own action head, and would act wrongly as a plain OpenVLA."
-        )
-
-
-def _dataset_statistics(path: str, hub_kwargs: dict, norm_stats: dict | None) -> dict | None:
-    """The statistics beside the weights if there are any, else those of the config."""
-    name = "dataset_statistics.json"
-    try:
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    except OSError as error:  # offline, and never asked for before
-        logger.warning("Cannot tell whether %s has a %s (%s); using config.norm_stats alone.", path, name, error)
-        return norm_stats
-    if file is None:
-        return norm_stats
-    with open(file, encoding="utf-8") as stream:
-        statistics = json.load(stream)
-    if norm_stats and norm_stats != statistics:
-        logger.warning("%s replaces config.norm_stats: %s, not %s.", name, sorted(statistics), sorted(norm_stats))
-    return statistics
 
 
 OpenVLAModel.register_for_auto_class("AutoModel")

@@ -13,7 +13,7 @@ import os
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import AddedToken, BatchFeature, PretrainedConfig
+from transformers import AddedToken, BatchFeature
 from transformers import __version__ as transformers_version
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
@@ -205,6 +205,8 @@ class OpenVLAProcessor(ProcessorMixin):
         prompt_end_token_id: id that ends every prompt ("▁", 29871, for Llama); None: there is none.
         num_patches: image placeholders per camera.
         num_cameras: images per observation.
+        num_state_tokens: further placeholders, behind those of the images: one for proprioception, one for the time
+            of denoising, if the policy has them.
         image_token_id: what the model takes for a placeholder; raises if the tokenizer gives `<image>` another id.
     """
 
@@ -221,6 +223,7 @@ class OpenVLAProcessor(ProcessorMixin):
         prompt_end_token_id: int | None = None,
         num_patches: int = 256,
         num_cameras: int = 1,
+        num_state_tokens: int = 0,
         image_token_id: int | None = None,
         chat_template: str | None = None,
     ):
@@ -229,6 +232,7 @@ class OpenVLAProcessor(ProcessorMixin):
         self.prompt_end_token_id = prompt_end_token_id
         self.num_patches = num_patches
         self.num_cameras = num_cameras
+        self.num_state_tokens = num_state_tokens
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
         self.image_token = IMAGE_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -249,13 +253,18 @@ class OpenVLAProcessor(ProcessorMixin):
         hub_kwargs = {key: kwargs[key] for key in hub_kwargs if key in kwargs}
         declared, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         if "num_patches" not in declared:
-            config_dict, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub_kwargs)
+            # The chunk, which OpenVLA-OFT's files do not tell, is not the processor's business.
+            told = {name: kwargs[name] for name in ("num_cameras",) if kwargs.get(name) is not None}
+            config_dict, _ = OpenVLAConfig.get_config_dict(
+                pretrained_model_name_or_path, **hub_kwargs, **told, action_chunk=1
+            )
             config = OpenVLAConfig.from_dict(config_dict)
             from_config = {
                 "prompt_template": config.prompt_template,
                 "prompt_end_token_id": config.prompt_end_token_id,
                 "num_patches": config.num_image_tokens // config.num_cameras,
                 "num_cameras": config.num_cameras,
+                "num_state_tokens": config.num_placeholders - config.num_image_tokens,
             }
             for name, value in from_config.items():
                 if name not in kwargs:
@@ -293,6 +302,7 @@ class OpenVLAProcessor(ProcessorMixin):
         self,
         text: str | list[str] | None = None,
         images=None,
+        proprio=None,
         padding: bool | str = True,
         max_length: int | None = None,
         padding_side: str = "left",
@@ -305,13 +315,15 @@ class OpenVLAProcessor(ProcessorMixin):
         Args:
             text: prompt(s); use `build_prompt`. `<image>` in it is redundant: placeholders have one fixed place.
             images: one image per prompt, or with several cameras one list of `num_cameras` images per prompt.
+            proprio: the robot's state per prompt `(B, P)`, or `(P,)` for one, in the units of the policy's dataset.
             padding: True (to the longest row), "max_length", or False (rows must be equally long for tensors).
             max_length: in text tokens, image placeholders not counted; default: what the tokenizer declares. Longer
                 prompts raise: cut, they would lose the end that asks for the action.
             padding_side: "left" or "right".
             image_options: for `OpenVLAImageProcessor.preprocess`.
 
-        Returns `input_ids` and `attention_mask` `(B, L)` int64 and, with images, `pixel_values` `(B, 3·N·C, S, S)`.
+        Returns `input_ids` and `attention_mask` `(B, L)` int64 and, with images, `pixel_values` `(B, 3·N·C, S, S)`;
+        `proprio` `(B, P)` float32 as it came: `predict_action` normalises it.
         """
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, list | tuple) or not texts or not all(isinstance(t, str) for t in texts):
@@ -321,6 +333,9 @@ class OpenVLAProcessor(ProcessorMixin):
             features["pixel_values"] = self._pixel_values(images, len(texts), image_options)
         elif image_options:
             raise TypeError(f"Got {sorted(image_options)} but no images.")
+
+        if proprio is not None:
+            features["proprio"] = self._proprio(proprio, len(texts))
 
         # 1. Tokens of the text alone, so that placeholders cannot change them
         limit = max_length or self.tokenizer.model_max_length
@@ -337,7 +352,7 @@ class OpenVLAProcessor(ProcessorMixin):
         # 2. One rectangle
         length = max(map(len, rows))
         if padding == "max_length":
-            length = limit + (self.num_patches * self.num_cameras if images is not None else 0)
+            length = limit + (self.num_placeholders if images is not None else 0)
         if padding and len(set(map(len, rows))) + (padding == "max_length") > 1:
             pad = {"left": lambda row, fill: fill + row, "right": lambda row, fill: row + fill}[padding_side]
             mask = [pad([1] * len(row), [0] * (length - len(row))) for row in rows]
@@ -349,7 +364,20 @@ class OpenVLAProcessor(ProcessorMixin):
 
     def insert_image_tokens(self, ids: list[int]) -> list[int]:
         """Puts one observation's placeholders behind the first token (BOS), where the original inserts its patches."""
-        return ids[:1] + [self.image_token_id] * (self.num_patches * self.num_cameras) + ids[1:]
+        return ids[:1] + [self.image_token_id] * self.num_placeholders + ids[1:]
+
+    @property
+    def num_placeholders(self) -> int:
+        """Ids `<image>` per observation."""
+        return self.num_patches * self.num_cameras + self.num_state_tokens
+
+    @staticmethod
+    def _proprio(proprio, num_prompts: int) -> np.ndarray:
+        states = np.asarray(torch.as_tensor(proprio).cpu(), dtype=np.float32)
+        states = states[None] if states.ndim == 1 else states
+        if states.ndim != 2 or len(states) != num_prompts or not np.isfinite(states).all():
+            raise ValueError(f"Expected finite proprio ({num_prompts}, P), got {states.shape}: {states.tolist()}.")
+        return states
 
     def _ends_prompt(self, prompt: str) -> bool:
         if self.prompt_end_token_id is None or self.prompt_template is None:
@@ -374,7 +402,7 @@ class OpenVLAProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "proprio"]
 
 
 def _rewrite_json(folder, name: str, drop: tuple[str, ...] = (), replace: dict | None = None) -> None:

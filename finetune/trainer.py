@@ -19,7 +19,7 @@ from trl import SFTTrainer
 from openvla.action_tokenizer import name_action_dims
 from openvla.evaluate.offline import evaluate_actions
 from openvla.finetune.collator import ActionCollator
-from openvla.modeling_openvla import module_name
+from openvla.pretrained_openvla import module_name
 
 
 class ActionTrainer(SFTTrainer):

@@ -4,11 +4,15 @@ openvla convert openvla/openvla-7b converted/openvla-7b
 openvla convert runs/prism-dinosiglip-224px+mx-bridge converted/bridge --tokenizer openvla/openvla-7b
 openvla convert runs/RUN/checkpoints/step-002500-epoch-01-loss=0.5.pt converted/bridge --tokenizer openvla/openvla-7b
 openvla convert prism-dinosiglip-224px+7b converted/base --towers dinov2.safetensors siglip.safetensors
+openvla convert moojink/openvla-7b-oft-finetuned-libero-spatial converted/oft-spatial --center-crop-area 0.9
+openvla convert runs/my-oft--50000_chkpt converted/my-oft --chunk 10 --cameras 3 --center-crop-area 0.9
 
 A source is a folder or Hub repository that the original's own converter wrote (its weights are copied untouched), a
 training run of the original (config.json, dataset_statistics.json, checkpoints/*.pt), one `.pt` of it, or a base VLM
 of Prismatic in the same layout. Base VLMs have no statistics: the result is for fine-tuning. Trained with frozen
-towers, as most were, they do not hold them: pass timm's own with --towers. Nothing is written into the source.
+towers, as most were, they do not hold them: pass timm's own with --towers. Policies of OpenVLA-OFT become one folder
+with their heads and projectors in the weights; unless they are named after a robot of the original (libero, aloha,
+bridge), --chunk and --cameras say what their files do not. Nothing is written into the source.
 """
 
 import json
@@ -18,36 +22,67 @@ from pathlib import Path
 
 from openvla.cli import command_parser
 
-PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "checkpoints/*.pt"]
+PATTERNS = ["*.json", "*.safetensors", "tokenizer.model", "checkpoints/*.pt", "*--*.pt", "lora_adapter/*.json"]
 REPORT = "conversion.json"
 
 
-def convert_folder(source: Path, folder: Path, center_crop_area: float | None = None) -> dict:
-    """A folder in HF layout: weights and their index byte by byte, everything else for today's transformers."""
+def convert_folder(
+    source: Path, folder: Path, center_crop_area: float | None = None, told: dict[str, int] | None = None
+) -> dict:
+    """A folder in HF layout: weights and their index byte by byte, everything else for today's transformers.
+
+    Args:
+        told: `action_chunk` and `num_cameras` of a policy of OpenVLA-OFT, whose parts become one with the weights.
+    """
     from openvla.configuration_openvla import OpenVLAConfig
     from openvla.hub_upload.layout import (
         check_weights,
         copy_extras,
+        read_oft,
         read_statistics,
-        refuse_foreign,
         skeleton,
         write_companions,
     )
     from openvla.hub_upload.weights import INDEX, SafetensorsFolder
     from openvla.processing_openvla import OpenVLAProcessor
 
-    refuse_foreign(source)
-    config = OpenVLAConfig.from_pretrained(source)
+    told = told or {}
+    oft = read_oft(source)
+    if told and oft is None:
+        raise ValueError(f"{source} is no policy of OpenVLA-OFT: --chunk and --cameras are for those.")
+    config = OpenVLAConfig.from_pretrained(source, **told)
     weights = SafetensorsFolder(source)
-    unused = check_weights(skeleton(config), weights.infos, source)
-    for path in [file.file for file in weights.files] + [source / INDEX] * (source / INDEX).exists():
-        shutil.copyfile(path, folder / path.name)
-    processor = OpenVLAProcessor.from_pretrained(source)
+    if oft is None:
+        report = {"renamed": {}, "dropped": {}, "unused": check_weights(skeleton(config), weights.infos, source)}
+        for path in [file.file for file in weights.files] + [source / INDEX] * (source / INDEX).exists():
+            shutil.copyfile(path, folder / path.name)
+    else:
+        report = _write_oft(oft, config, weights, folder)
+    processor = OpenVLAProcessor.from_pretrained(source, num_cameras=config.num_cameras)
     if center_crop_area is not None:
         processor.image_processor.center_crop_area = center_crop_area
     write_companions(folder, config, processor, read_statistics(source, config))
     copy_extras(source, folder)
-    return {"renamed": {}, "dropped": {}, "unused": unused, "tensors": len(weights.infos)}
+    return report | {"tensors": len(weights.infos)}
+
+
+def _write_oft(oft, config, weights, folder: Path) -> dict:
+    """Weights and parts of a policy of OpenVLA-OFT as one: every tensor of its `.pt` files is in, under its name."""
+    from openvla.hub_upload.layout import check_weights, skeleton
+    from openvla.hub_upload.weights import TensorInfo, write_shards
+    from openvla.oft_files import oft_weights
+
+    parts = oft_weights(oft)
+    infos = weights.infos | {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in parts.items()}
+    unused = check_weights(skeleton(config), infos, oft.folder)
+    write_shards(folder, infos, lambda name: parts[name] if name in parts else weights.read(name), 5 * 10**9)
+    replaced = sorted(set(parts) & set(weights.infos))
+    weights.infos = infos
+    return {
+        "renamed": {name: name for name in parts},
+        "dropped": dict.fromkeys(replaced, "replaced by the towers with FiLM"),
+        "unused": unused,
+    }
 
 
 def convert_run(
@@ -162,6 +197,8 @@ def main(argv: list[str]) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the weights of a .pt; default: bfloat16"
     )
     parser.add_argument("--max-shard-size", type=float, metavar="GB", help="of the weights of a .pt; default: 5")
+    parser.add_argument("--chunk", type=int, metavar="STEPS", help="in a chunk of a policy of OpenVLA-OFT")
+    parser.add_argument("--cameras", type=int, metavar="COUNT", help="of a policy of OpenVLA-OFT")
     parser.add_argument("--center-crop-area", type=float, metavar="SHARE", help="0.9 for policies trained with crops")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if it exists")
     args = parser.parse_args(argv)
@@ -170,8 +207,12 @@ def main(argv: list[str]) -> None:
     from openvla.hub_upload.prismatic import is_run
 
     source, out = fetch(args.source, PATTERNS, args.revision), Path(args.out).expanduser()
+    told = {"action_chunk": args.chunk, "num_cameras": args.cameras}
+    told = {name: value for name, value in told.items() if value is not None}
     with new_folder(out, args.overwrite, (source,)) as folder:
         if is_run(source):
+            if told:
+                raise ValueError(f"{source} is no policy of OpenVLA-OFT: --chunk and --cameras are for those.")
             size = int((args.max_shard_size or 5) * 10**9)
             options = (args.dtype or "bfloat16", args.tokenizer, args.base_config, args.towers, size)
             report = convert_run(source, folder, *options, args.center_crop_area)
@@ -181,7 +222,7 @@ def main(argv: list[str]) -> None:
                 "--towers, --dtype and --max-shard-size are for .pt files."
             )
         else:
-            report = convert_folder(source, folder, args.center_crop_area)
+            report = convert_folder(source, folder, args.center_crop_area, told)
         report = {"source": args.source, **report}
         (folder / REPORT).write_text(json.dumps(report, indent=2))
         statistics = (folder / "dataset_statistics.json").exists()

@@ -124,7 +124,7 @@ def write_policy(
         write_companions,
     )
     from openvla.hub_upload.weights import SafetensorsFolder, TensorInfo, write_shards
-    from openvla.modeling_openvla import module_name
+    from openvla.pretrained_openvla import module_name
     from openvla.processing_openvla import OpenVLAProcessor
 
     # 1. What there is
@@ -241,12 +241,16 @@ def export(
 
     from openvla.action_tokenizer import resolve_unnorm_key
     from openvla.configuration_openvla import OpenVLAConfig
-    from openvla.hub_upload.layout import new_folder, refuse_foreign
+    from openvla.hub_upload.layout import new_folder, read_oft
     from openvla.hub_upload.model_card import Example, validate_card, write_card
     from openvla.hub_upload.proof import prove, write_proof
 
     # 1. What can be refused is refused before anything is written
-    refuse_foreign(source.weights)
+    if read_oft(source.weights) is not None:
+        raise ValueError(
+            f"{source.weights} holds a policy as OpenVLA-OFT's training leaves it: make one folder of its parts with "
+            "`openvla convert` first."
+        )
     config = OpenVLAConfig.from_pretrained(source.weights)
     statistics = statistics_of(source, config)
     for example in examples:

@@ -13,14 +13,19 @@ import torch
 from transformers import GenerationConfig
 
 from openvla.hub_upload.weights import TensorInfo
-from openvla.modeling_openvla import OpenVLAForActionPrediction, refuse_oft
+from openvla.modeling_openvla import OpenVLAForActionPrediction
+from openvla.oft_files import find_oft
 
 PACKAGE = Path(__file__).parent.parent
 HUB_FILES = (
     "configuration_openvla.py",
     "action_tokenizer.py",
     "tf_image_ops.py",
+    "vision_towers.py",
+    "action_heads.py",
+    "oft_files.py",
     "processing_openvla.py",
+    "pretrained_openvla.py",
     "modeling_openvla.py",
 )
 
@@ -107,11 +112,15 @@ def write_companions(folder: Path, config, processor, statistics: dict | None) -
         (folder / "dataset_statistics.json").write_text(json.dumps(statistics, indent=2))
 
 
-def refuse_foreign(source: Path) -> None:
-    """Raises for folders that are no checkpoint in HF layout, or hold a policy that acts in another way."""
-    if not (Path(source) / "config.json").is_file():
+def read_oft(source: Path):
+    """The files of a policy of OpenVLA-OFT that its training left (`oft_files.py`); None for other checkpoints.
+
+    Raises FileNotFoundError for folders that are no checkpoint in HF layout.
+    """
+    config = Path(source) / "config.json"
+    if not config.is_file():
         raise FileNotFoundError(f"{source} has no config.json: expected a checkpoint, or a run of openvla finetune.")
-    refuse_oft(str(source), {})
+    return find_oft(str(source), json.loads(config.read_text(encoding="utf-8")))
 
 
 def read_statistics(source: Path, config) -> dict | None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from openvla.hub_upload.layout import is_unused
 from openvla.hub_upload.weights import SafetensorsFile
-from openvla.modeling_openvla import module_name
+from openvla.pretrained_openvla import module_name
 
 _PREFIX = "base_model.model."
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq")

@@ -18,7 +18,7 @@ import openvla
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))
 
-from assemble import assemble  # noqa: E402
+from assemble import assemble, assemble_oft  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +62,48 @@ def model(checkpoint) -> openvla.OpenVLAForActionPrediction:
 def fresh_model(checkpoint) -> openvla.OpenVLAForActionPrediction:
     """fp32, one per test: change it as you like."""
     return openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def oft_recorded() -> dict:
+    """`oft_tiny.json`: per observation prompt, state and actions of each kind of policy; one training batch."""
+    return json.loads((FIXTURES / "oft_tiny.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def oft_golden() -> dict[str, torch.Tensor]:
+    """Recorded tensors of OpenVLA-OFT, `{"00.primary_u8": …, "film.00.hs": …}`."""
+    return load_file(FIXTURES / "oft_tiny.safetensors") | load_file(FIXTURES / "oft_extra.safetensors")
+
+
+@pytest.fixture(scope="session")
+def oft_folder(tmp_path_factory):
+    """`oft_folder(head="l1", film=False, proprio=True)`: as OpenVLA-OFT's training leaves a policy. Do not write."""
+    folders = {}
+
+    def folder(head: str = "l1", film: bool = False, proprio: bool = True) -> Path:
+        kind = (head, film, proprio)
+        if kind not in folders:
+            folders[kind] = tmp_path_factory.mktemp("oft") / f"{head}{'-film' * film}{'-proprio' * proprio}"
+            assemble_oft(folders[kind], *kind)
+        return folders[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def oft_policy(oft_folder):
+    """`oft_policy(…, cameras=2)`: model (fp32) and processor, shared by all tests: do not change them."""
+    policies = {}
+
+    def policy(head: str = "l1", film: bool = False, proprio: bool = True, cameras: int = 2):
+        kind = (head, film, proprio, cameras)
+        if kind not in policies:
+            told = {"action_chunk": 8, "num_cameras": cameras}
+            policies[kind] = openvla.load(oft_folder(head, film, proprio), dtype=torch.float32, **told)
+        return policies[kind]
+
+    return policy
 
 
 @pytest.fixture

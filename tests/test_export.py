@@ -27,7 +27,7 @@ from openvla.hub_upload.layout import (
 from openvla.hub_upload.merge import Adapter
 from openvla.hub_upload.proof import Observation, ProofError, check_proof, compare, prove
 from openvla.hub_upload.weights import SafetensorsFolder, TensorInfo, write_shards
-from openvla.modeling_openvla import module_name
+from openvla.pretrained_openvla import module_name
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 

@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HUB_FILES = sorted(
     ROOT / f"{name}.py"
-    for name in ("configuration_openvla", "action_tokenizer", "tf_image_ops", "processing_openvla", "modeling_openvla")
+    for name in (
+        *("configuration_openvla", "action_tokenizer", "tf_image_ops", "vision_towers", "action_heads", "oft_files"),
+        *("processing_openvla", "pretrained_openvla", "modeling_openvla"),
+    )
 )
-ALLOWED = {"numpy", "torch", "PIL", "transformers"} | set(sys.stdlib_module_names)
+ALLOWED = {"numpy", "torch", "PIL", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
 
 
 def imports(path: Path) -> list[ast.stmt]:

@@ -255,20 +255,6 @@ def test_dataset_statistics_beside_the_weights_win(checkpoint, tmp_path, caplog)
     assert again.norm_stats["toy_robot"]["action"]["q99"][0] == 5.0
 
 
-@pytest.mark.parametrize("trace", ["action_head--150000_checkpoint.pt", "lora_adapter/adapter_config.json"])
-@pytest.mark.parametrize("place", ["folder", "hub cache"])
-def test_oft_policies_are_refused(place, trace, checkpoint, tmp_path):
-    folder = tmp_path / "models--lab--oft" / "snapshots" / ("a" * 40)
-    shutil.copytree(checkpoint, folder)
-    (folder / trace).parent.mkdir(exist_ok=True)
-    (folder / trace).write_text("{}")
-    (tmp_path / "models--lab--oft" / "refs").mkdir()
-    (tmp_path / "models--lab--oft" / "refs" / "main").write_text("a" * 40)
-    source, where = (folder, {}) if place == "folder" else ("lab/oft", {"cache_dir": tmp_path})
-    with pytest.raises(ValueError, match="OpenVLA-OFT policy.*would act wrongly"):
-        openvla.OpenVLAForActionPrediction.from_pretrained(source, **where)
-
-
 # --- Quantisation, placement, adapters, pipelines ---
 def quantized_linears(model) -> set[str]:
     return {name for name, module in model.named_modules() if "bit" in type(module).__name__.lower()}

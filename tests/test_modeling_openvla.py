@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, StaticCache
 
 import openvla
 from openvla.configuration_openvla import TIMM_TOWERS, OpenVLAConfig, VisionTowerConfig
-from openvla.modeling_openvla import VisionTransformer
+from openvla.vision_towers import VisionTransformer
 
 ACTIONS = slice(31744, 32000)
 

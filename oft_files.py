@@ -1,0 +1,166 @@
+"""Reads policies of OpenVLA-OFT as its fine-tuning leaves them, in a folder or on the Hub.
+
+Beside merged weights, and a config.json that says nothing of it, such a folder holds `action_head--N_checkpoint.pt`,
+`proprio_projector--…`, `noisy_action_projector--…`, `vision_backbone--…` (towers with FiLM, their LoRA not merged) and
+`lora_adapter/`. What no file tells is how many steps a chunk has and how many cameras there are: the original takes
+both from the words of its command line. Nothing is written into the folder.
+
+Source: Kim et al. 2025 (arXiv:2502.19645) and the behaviour of its code (moojink/openvla-oft, 213c5ff).
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
+ADAPTER = "lora_adapter/adapter_config.json"
+HUB_KEYS = ("cache_dir", "local_files_only", "token", "revision")
+# What the original takes from words of its command line
+TOLD = ("action_chunk", "num_cameras", "action_normalization")
+# Statistics' key begins with, or number of action dims -> these
+PLATFORMS = {
+    "libero": (8, 2, "q99"),
+    "aloha": (25, 3, "min_max"),
+    "bridge": (5, 1, "q99"),
+    14: (25, 3, "min_max"),
+}
+
+
+@dataclass
+class OFTFiles:
+    """What a policy consists of beside its merged weights. Absent parts are missing from `parts`."""
+
+    folder: Path
+    parts: dict[str, Path] = field(default_factory=dict)
+
+    def read(self, part: str) -> dict[str, torch.Tensor]:
+        """Tensors of a part, memory-mapped, without the prefix that data-parallel training adds."""
+        tensors = torch.load(self.parts[part], map_location="cpu", weights_only=True, mmap=True)
+        return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+def find_oft(path: str, config: dict, **hub_kwargs) -> OFTFiles | None:
+    """The files of a policy of OpenVLA-OFT; None if a folder or Hub repository is none.
+
+    Args:
+        config: its config.json. One that declares `attention` was written by this code, and means what it says.
+    """
+    if "attention" in config:
+        return None
+    folder = Path(path)
+    subfolder = hub_kwargs.pop("subfolder", None) or ""
+    if not folder.is_dir():
+        patterns = [os.path.join(subfolder, name) for name in (*(f"{part}--*.pt" for part in PARTS), ADAPTER)]
+        shared = {key: hub_kwargs[key] for key in HUB_KEYS if hub_kwargs.get(key) is not None}
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=patterns, **shared))
+        except OSError as error:  # offline, and never asked for before
+            logger.warning("Cannot tell whether %s is a policy of OpenVLA-OFT (%s); taking it for none.", path, error)
+            return None
+    folder = folder / subfolder
+    found = OFTFiles(folder)
+    for part in PARTS:
+        files = sorted(folder.glob(f"{part}--*.pt"))
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{path} holds several steps of one training ({names}): put one in a folder of its own.")
+        if files:
+            found.parts[part] = files[0]
+    return found if found.parts or (folder / ADAPTER).is_file() else None
+
+
+def oft_fields(files: OFTFiles, config: dict, given: dict) -> dict:
+    """Fields of `OpenVLAConfig` that the parts and their sizes tell.
+
+    Args:
+        config: config.json of the policy.
+        given: fields that the caller tells, of which `action_chunk`, `num_cameras` and `action_normalization` are in
+            no file; left out, they are those of the original's robots, if the statistics are named after one.
+
+    Raises ValueError if they are needed.
+    """
+    fields = {"attention": "bidirectional", "action_head": "token", "film": "vision_backbone" in files.parts}
+    fields["film_counts_padding"] = fields["film"]
+    statistics = read_statistics(files.folder, config)
+    dims = {len(each["action"]["mean"]) for each in statistics.values()}
+    if "action_head" in files.parts:
+        shapes = {name: tensor.shape for name, tensor in files.read("action_head").items()}
+        kinds = {"model.fc2.weight": "l1", "noise_predictor.mlp_resnet.fc2.weight": "diffusion"}
+        known = [name for name in kinds if name in shapes]
+        if not known:
+            raise ValueError(
+                f"{files.parts['action_head']} is a kind of head that the original does not have: {sorted(shapes)[:4]}"
+            )
+        fields["action_head"], dims = kinds[known[0]], {shapes[known[0]][0]}
+    if given.get("action_dim") is not None:
+        dims = {given["action_dim"]}
+    if len(dims) != 1:
+        raise ValueError(
+            f"{files.folder} is a policy of OpenVLA-OFT without action head, and has statistics of {sorted(dims)} action "
+            "dims: pass action_dim."
+        )
+    (fields["action_dim"],) = dims
+    if "proprio_projector" in files.parts:
+        fields["proprio_dim"] = files.read("proprio_projector")["fc1.weight"].shape[1]
+    if (fields["action_head"] == "diffusion") != ("noisy_action_projector" in files.parts):
+        raise ValueError(f"{files.folder} has only one of a diffusion head and its noisy_action_projector.")
+
+    named = [robot for robot in PLATFORMS if any(str(key).startswith(str(robot)) for key in statistics)]
+    named += [robot for robot in PLATFORMS if robot == fields["action_dim"]]
+    told = dict(zip(TOLD, PLATFORMS[named[0]] if named else ()))
+    told |= {name: given[name] for name in TOLD if given.get(name) is not None}
+    if missing := [name for name in ("action_chunk", "num_cameras") if name not in told]:
+        raise ValueError(
+            f"{files.folder} is a policy of OpenVLA-OFT, whose files do not tell {' and '.join(missing)}, and its "
+            f"statistics {sorted(statistics)} name no robot of the original: pass {' and '.join(missing)}, as trained."
+        )
+    if named and not set(TOLD) & set(given):
+        logger.warning(
+            "%s is taken for a policy of OpenVLA-OFT on %s: %d steps in a chunk, %d camera(s).",
+            files.folder, named[0], told["action_chunk"], told["num_cameras"],
+        )  # fmt: skip
+    return fields | told
+
+
+def read_statistics(folder: Path, config: dict) -> dict:
+    """The statistics a policy acts with: dataset_statistics.json beside the weights, else those of its config."""
+    path = folder / "dataset_statistics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config.get("norm_stats") or {}
+
+
+def oft_weights(files: OFTFiles) -> dict[str, torch.Tensor]:
+    """All tensors of the parts, by the names our files have; towers with FiLM replace those beside them."""
+    weights = {}
+    for part in files.parts:
+        if part == "vision_backbone":
+            weights |= _film_towers(files)
+        else:
+            weights |= {f"{part}.{name}": tensor for name, tensor in files.read(part).items()}
+    return weights
+
+
+def _film_towers(files: OFTFiles) -> dict[str, torch.Tensor]:
+    """Towers with FiLM, LoRA merged. In the file, blocks are wrapped, and so are their linear layers if the policy
+    was trained with LoRA: FiLM was put in after the adapters, which therefore do not fold with the others."""
+    adapter = files.folder / ADAPTER
+    told = json.loads(adapter.read_text()) if adapter.is_file() else {}
+    tensors = {name.replace(".block.", "."): tensor for name, tensor in files.read("vision_backbone").items()}
+    merged = {}
+    for name, tensor in tensors.items():
+        if ".lora_" in name:
+            continue
+        stem = name.removesuffix(".base_layer.weight")
+        if stem != name:
+            down, up = (tensors[f"{stem}.lora_{kind}.default.weight"].float() for kind in "AB")
+            rank = down.shape[0]
+            scale = told.get("lora_alpha", min(rank, 16)) / told.get("r", rank)
+            tensor = (tensor.float() + scale * up @ down).to(tensor.dtype)
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged
