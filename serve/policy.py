@@ -4,7 +4,8 @@
     result = policy.infer({"images": camera_frame, "instruction": "pick up the cup"})
     result["actions"]                 # (T, A) float64: metres and radians in bridge_orig, gripper 1 = open
 
-Evaluation in simulators and every server go through it. Legend: T action chunk · A action dims · B observations.
+Evaluation in simulators and every server go through it; of chunks, `ActionQueue` makes one action per control step.
+Legend: T action chunk · A action dims · P proprioception dims · B observations.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ import time
 
 import numpy as np
 
-KEYS = {"images", "instruction", "proprio"}
+KEYS = {"images", "instruction", "proprio", "seed"}
 IMAGE_OPTIONS = ("center_crop_area", "jpeg_quality", "lanczos3_size")
 
 
@@ -25,10 +26,11 @@ class OpenVLAPolicy:
         unnorm_key: whose statistics give the units; None if the checkpoint has exactly one dataset.
         image_options: for the processor's image part, such as `{"center_crop_area": 0.9}`.
         strict: raise when the language model prefers a token that is no action, instead of taking the best action.
+        num_denoising_steps: of heads that denoise; None: as the checkpoint declares. Fewer are faster and less exact.
+        seed: of the noise that these heads start from, for observations without a `seed` of their own: the same
+            observation and seed give the same action, whoever else is in the batch. None: other noise each time.
         checkpoint: where it came from, for `metadata`.
     """
-
-    needs = ("images",)  # what simulators have to send; baselines need less
 
     def __init__(
         self,
@@ -37,6 +39,8 @@ class OpenVLAPolicy:
         unnorm_key: str | None = None,
         image_options: dict | None = None,
         strict: bool = False,
+        num_denoising_steps: int | None = None,
+        seed: int | None = None,
         checkpoint: str | None = None,
     ):
         from openvla.action_tokenizer import ActionStats, resolve_unnorm_key
@@ -45,6 +49,12 @@ class OpenVLAPolicy:
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
         self.stats = ActionStats.from_norm_stats(model.norm_stats, self.unnorm_key, model.config.action_normalization)
         self.image_options, self.strict, self.checkpoint = dict(image_options or {}), strict, checkpoint
+        self.denoises, self.seed = denoises(model.config), seed
+        if num_denoising_steps is not None and not self.denoises:
+            raise ValueError(f"num_denoising_steps would do nothing: a head {model.config.action_head!r} has none.")
+        if num_denoising_steps is not None and num_denoising_steps < 1:
+            raise ValueError(f"Expected num_denoising_steps from 1, got {num_denoising_steps}.")
+        self.num_denoising_steps = num_denoising_steps or model.config.num_denoising_steps
 
     @classmethod
     def from_pretrained(
@@ -55,6 +65,8 @@ class OpenVLAPolicy:
         device: str | None = None,
         revision: str | None = None,
         prefer: tuple[str, ...] = (),
+        action_chunk: int | None = None,
+        num_cameras: int | None = None,
         **options,
     ) -> "OpenVLAPolicy":
         """Loads a Hub id or a folder.
@@ -63,6 +75,7 @@ class OpenVLAPolicy:
             unnorm_key: see the class; if None, the first of the keys in `prefer` that the checkpoint has.
             dtype: "auto" (as stored), "float32", "bfloat16", "float16".
             device: None: CUDA if there is one.
+            action_chunk, num_cameras: of folders that OpenVLA-OFT's training left, whose files do not tell.
             options: of the class.
         """
         import torch
@@ -70,17 +83,24 @@ class OpenVLAPolicy:
         from openvla.loading import load
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, processor = load(checkpoint, dtype=dtype, **({"revision": revision} if revision else {}))
+        told = {"revision": revision, "action_chunk": action_chunk, "num_cameras": num_cameras}
+        told = {name: value for name, value in told.items() if value is not None}
+        model, processor = load(checkpoint, dtype=dtype, **told)
         known = [key for key in prefer if key in (model.norm_stats or {})]
         unnorm_key = unnorm_key or (known[0] if known else None)
         return cls(model.to(device), processor, unnorm_key, checkpoint=checkpoint, **options)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What simulators have to send; baselines need less."""
+        return ("images", "seed") if self.denoises else ("images",)
 
     @property
     def metadata(self) -> dict:
         """What the policy declares, in types of JSON: to be compared with a robot's or a simulator's conventions."""
         from openvla.action_tokenizer import name_action_dims
 
-        declared = self.model.norm_stats[self.unnorm_key]
+        config, declared = self.model.config, self.model.norm_stats[self.unnorm_key]
         bounds = declared["action"]
         dims = [
             {"name": name, "unit": unit, "low": float(low), "high": float(high)}
@@ -91,18 +111,30 @@ class OpenVLAPolicy:
             )
         ]
         image_processor = self.processor.image_processor
+        denoising = {"num_denoising_steps": self.num_denoising_steps, "seed": self.seed} if self.denoises else {}
         return {
             "checkpoint": self.checkpoint,
             "unnorm_key": self.unnorm_key,
             "action_dims": dims,
-            "action_chunk": self.model.config.action_chunk,
+            "mask": self.stats.mask.tolist(),
+            "action_chunk": config.action_chunk,
+            "action_head": config.action_head,
+            **denoising,
+            "attention": config.attention,
+            "proprio_dim": config.proprio_dim,
+            "proprio_names": self._proprio_names(),
             "control_frequency": declared.get("control_frequency"),
             "num_cameras": self.processor.num_cameras,
             "image_size": list(image_processor.input_sizes[0][1:]),
             **{name: self.image_options.get(name, getattr(image_processor, name)) for name in IMAGE_OPTIONS},
-            "action_normalization": self.model.config.action_normalization,
+            "action_normalization": config.action_normalization,
             "prompt_template": self.processor.prompt_template,
         }
+
+    def _proprio_names(self) -> list[str] | None:
+        """Of the P numbers, if the policy takes any and its statistics name them."""
+        declared = self.model.norm_stats[self.unnorm_key].get("proprio", {})
+        return declared.get("names") if self.model.config.proprio_dim else None
 
     def fingerprint(self) -> str:
         """Tells whether two policies have the same weights, wherever they lie: a hash over 64 numbers of each."""
@@ -122,11 +154,13 @@ class OpenVLAPolicy:
 
         Args:
             observation: `images`, one per camera in the policy's order (an image, a list, or a dict of them by camera;
-                RGB, of any kind the processor takes), `instruction`, and if you like `proprio`, which no policy uses
-                yet.
+                RGB, of any kind the processor takes), `instruction`; `proprio` `(P,)` in the units and order of the
+                statistics' dataset, if the policy takes it (`metadata["proprio_dim"]`): otherwise it is not looked
+                at; and if you like, for heads that denoise, `seed`, an integer from 0 or several of them.
 
-        Returns `actions` `(T, A)` float64 in the units of the statistics; `token_ids` and `replaced` `(T·A,)`, the
-        latter True where the language model preferred a token that is no action; `timing` in milliseconds.
+        Returns `actions` `(T, A)` float64 in the units of the statistics; of the token head `token_ids` and `replaced`
+        `(T·A,)`, the latter True where the language model preferred a token that is no action; `timing` in
+        milliseconds.
 
         Raises ValueError for an observation that is not whole, RuntimeError for an action that is not finite.
         """
@@ -134,22 +168,69 @@ class OpenVLAPolicy:
 
     def infer_batch(self, observations: list[dict]) -> list[dict]:
         """The actions for several observations, in one pass; see `infer`. Each may have its own instruction."""
+        import torch
+
         start = time.perf_counter()
         prompts = [self.processor.build_prompt(_instruction(observation)) for observation in observations]
         images = [_images(observation) for observation in observations]
-        inputs = self.processor(prompts, images, **self.image_options).to(self.model.device)
+        takes_proprio = self.model.config.proprio_dim > 0
+        states = np.stack([self._proprio(each) for each in observations]) if takes_proprio else None
+        noise = draw_noise(self.model.config, [observation.get("seed", self.seed) for observation in observations])
+        inputs = self.processor(prompts, images, states, **self.image_options).to(self.model.device)
         prepared = time.perf_counter()
-        result = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key, strict=self.strict, return_dict=True)
+        with torch.no_grad():
+            result = self.model.predict_action(
+                **inputs,
+                unnorm_key=self.unnorm_key,
+                num_denoising_steps=self.num_denoising_steps,
+                noise=noise,
+                strict=self.strict,
+                return_dict=True,
+            )
         actions = result["actions"].reshape(len(observations), self.model.config.action_chunk, self.stats.dim)
         if not np.isfinite(actions).all():
             raise RuntimeError(f"An action holds NaN or infinity: {actions.tolist()}. Nothing was returned.")
         finished = time.perf_counter()
         timing = {"preprocess_ms": 1000 * (prepared - start), "infer_ms": 1000 * (finished - prepared)}
         timing |= {"batch_size": len(observations)}
+        tokens = [name for name in ("token_ids", "replaced") if name in result]  # continuous heads have none
         return [
-            {"actions": rows, "token_ids": ids, "replaced": replaced, "timing": timing}
-            for rows, ids, replaced in zip(actions, result["token_ids"], result["replaced"])
+            {"actions": rows, **{name: result[name][row] for name in tokens}, "timing": timing}
+            for row, rows in enumerate(actions)
         ]
+
+    def _proprio(self, observation: dict) -> np.ndarray:
+        """`(P,)` float64, checked."""
+        expected, names = self.model.config.proprio_dim, self._proprio_names()
+        wanted = f"The policy takes proprio of {expected} dims{f' ({names})' if names else ''}, in dataset units"
+        if observation.get("proprio") is None:
+            raise ValueError(f"{wanted}; the observation has none.")
+        state = np.asarray(observation["proprio"], dtype=np.float64)
+        if state.shape != (expected,) or not np.isfinite(state).all():
+            raise ValueError(f"{wanted} and finite, got shape {state.shape}: {state.tolist()}.")
+        return state
+
+
+def denoises(config) -> bool:
+    """Whether a policy's actions depend on the noise that they are made from."""
+    from openvla.configuration_openvla import DENOISING_STEPS
+
+    return config.action_head in DENOISING_STEPS
+
+
+def draw_noise(config, seeds: list):
+    """What heads that denoise start from, as a tensor `(B, T, A)` float32; None for other heads.
+
+    Args:
+        seeds: per observation what `numpy.random.default_rng` takes: an integer, several, or None for fresh noise.
+    """
+    if not denoises(config):
+        return None
+    import torch
+
+    shape = (config.action_chunk, config.action_dim)
+    rows = [np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack(rows))
 
 
 def _instruction(observation: dict) -> str:

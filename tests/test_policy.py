@@ -1,10 +1,12 @@
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from openvla.serve.policy import OpenVLAPolicy
+from openvla.serve.policy import OpenVLAPolicy, draw_noise
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,9 @@ def test_metadata_is_json_and_tells_units_and_ranges(policy, model):
     assert [dim["high"] for dim in metadata["action_dims"]] == stats["q99"]
     assert metadata["num_cameras"] == metadata["action_chunk"] == 1 and metadata["image_size"] == [224, 224]
     assert metadata["checkpoint"] == "tiny" and metadata["control_frequency"] is None
+    assert metadata["mask"] == [True] * 6 + [False] and policy.needs == ("images",)
+    assert (metadata["action_head"], metadata["attention"]) == ("token", "causal")
+    assert metadata["proprio_dim"] == 0 and metadata["proprio_names"] is None and "seed" not in metadata
 
 
 @pytest.mark.parametrize(
@@ -105,3 +110,120 @@ def test_the_fingerprint_is_of_the_weights(policy, fresh_model, processor):
     changed = other.fingerprint()
     fresh_model.bfloat16()
     assert len({policy.fingerprint(), changed, other.fingerprint()}) == 3
+
+
+# --- Decoding in parallel: chunks, cameras, the robot's state ---
+@pytest.fixture
+def observations(oft_recorded, oft_golden) -> list[dict]:
+    """Recorded, with instructions of several lengths."""
+    found = []
+    for index in (0, 1, 7):
+        entry = oft_recorded["inputs"][index]
+        pictures = (oft_golden[f"{index:02d}.{camera}_u8"].numpy() for camera in ("primary", "wrist"))
+        images = dict(zip(("agentview", "wrist"), map(Image.fromarray, pictures)))
+        instruction = entry["prompt"].split("robot take to ")[1].removesuffix("?\nOut:")
+        found.append({"images": images, "instruction": instruction, "proprio": entry["state"]})
+    return found
+
+
+def test_chunks_of_a_batch_are_the_originals(oft_policy, observations, oft_recorded):
+    results = OpenVLAPolicy(*oft_policy(), unnorm_key="toy_robot").infer_batch(observations)
+    for index, result in zip((0, 1, 7), results):
+        expected = oft_recorded["inputs"][index]["actions_l1_proprio_fp32"]
+        np.testing.assert_allclose(result["actions"], expected, atol=2e-5, rtol=0)
+        assert set(result) == {"actions", "timing"}  # an L1 head has no tokens
+
+
+def test_tokens_decoded_in_parallel_are_told(oft_policy, observations):
+    model, processor = oft_policy("token")
+    policy = OpenVLAPolicy(model, processor, "toy_robot")
+    result = policy.infer(observations[0])
+    actions = policy.stats.unnormalize(model.action_tokenizer.decode(result["token_ids"].reshape(8, 7)))
+    np.testing.assert_array_equal(result["actions"], actions)
+    assert result["replaced"].shape == (56,) and result["replaced"].all()  # it was not trained for tokens
+
+
+def test_a_policy_without_proprio_does_not_look_at_it(oft_policy, observations, oft_recorded):
+    policy = OpenVLAPolicy(*oft_policy(proprio=False), unnorm_key="toy_robot")
+    expected = oft_recorded["inputs"][0]["actions_l1_fp32"]
+    for proprio in (observations[0]["proprio"], np.zeros(3), None):
+        actions = policy.infer({**observations[0], "proprio": proprio})["actions"]
+        np.testing.assert_allclose(actions, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "proprio, problem",
+    [
+        (None, "takes proprio of 8 dims, in dataset units; the observation has none"),
+        (np.zeros(7), r"takes proprio of 8 dims, in dataset units and finite, got shape \(7,\)"),
+        (np.zeros((1, 8)), r"got shape \(1, 8\)"),
+        ([np.nan] * 8, "finite"),
+    ],
+)
+def test_a_state_that_does_not_fit(oft_policy, observations, proprio, problem):
+    policy = OpenVLAPolicy(*oft_policy(), unnorm_key="toy_robot")
+    with pytest.raises(ValueError, match=problem):
+        policy.infer_batch([observations[1], {**observations[0], "proprio": proprio}])
+
+
+def test_noise_depends_on_the_seed_alone(oft_policy, observations):
+    model, processor = oft_policy("diffusion")
+    policy = OpenVLAPolicy(model, processor, "toy_robot", num_denoising_steps=2)
+    seeded = [{**observation, "seed": (7, number)} for number, observation in enumerate(observations)]
+    together = [result["actions"] for result in policy.infer_batch(seeded)]
+    for observation, expected in zip(seeded, together):
+        np.testing.assert_allclose(policy.infer(observation)["actions"], expected, atol=5e-5, rtol=0)
+    turned = policy.infer_batch(seeded[::-1])[::-1]
+    np.testing.assert_allclose([result["actions"] for result in turned], together, atol=5e-5, rtol=0)
+
+    # 1. It is that noise, and that number of steps
+    noise = np.random.default_rng((7, 1)).standard_normal((1, 8, 7), dtype=np.float32)
+    inputs = processor(
+        [processor.build_prompt(observations[1]["instruction"])],
+        [list(observations[1]["images"].values())],
+        [observations[1]["proprio"]],
+    )
+    options = {"num_denoising_steps": 2, "noise": torch.from_numpy(noise), "unnorm_key": "toy_robot"}
+    np.testing.assert_array_equal(policy.infer(seeded[1])["actions"], model.predict_action(**inputs, **options))
+
+    # 2. The policy's own seed is for observations without; without any, noise is fresh
+    own = OpenVLAPolicy(model, processor, "toy_robot", num_denoising_steps=2, seed=3)
+    first = own.infer(observations[0])["actions"]
+    np.testing.assert_array_equal(own.infer(observations[0])["actions"], first)
+    np.testing.assert_array_equal(policy.infer({**observations[0], "seed": 3})["actions"], first)
+    np.testing.assert_array_equal(own.infer(seeded[0])["actions"], policy.infer(seeded[0])["actions"])
+    fresh = [policy.infer(observations[0])["actions"] for _ in range(2)]
+    assert np.abs(fresh[0] - fresh[1]).max() > 1e-3 and np.abs(first - together[0]).max() > 1e-3
+
+
+def test_only_heads_that_denoise_have_noise(oft_policy, model, processor):
+    for head in ("l1", "token"):
+        assert draw_noise(oft_policy(head)[0].config, [1, 2]) is None
+    with pytest.raises(ValueError, match="num_denoising_steps would do nothing: a head 'token' has none"):
+        OpenVLAPolicy(model, processor, "bridge_orig", num_denoising_steps=5)
+    with pytest.raises(ValueError, match="num_denoising_steps from 1, got 0"):
+        OpenVLAPolicy(*oft_policy("diffusion"), "toy_robot", num_denoising_steps=0)
+
+
+def test_metadata_of_a_policy_that_decodes_in_parallel(oft_policy):
+    model, processor = oft_policy("diffusion")
+    policy = OpenVLAPolicy(model, processor, "toy_robot", seed=5)
+    metadata = json.loads(json.dumps(policy.metadata))
+    assert (metadata["action_chunk"], metadata["num_cameras"], metadata["proprio_dim"]) == (8, 2, 8)
+    assert (metadata["action_head"], metadata["attention"]) == ("diffusion", "bidirectional")
+    assert (metadata["num_denoising_steps"], metadata["seed"]) == (50, 5) and policy.needs == ("images", "seed")
+    assert metadata["proprio_names"] is None
+    named = copy.copy(model)
+    named.config = copy.deepcopy(model.config)
+    names = named.norm_stats["toy_robot"]["proprio"]["names"] = [f"joint {number}" for number in range(8)]
+    policy = OpenVLAPolicy(named, processor, "toy_robot")
+    assert policy.metadata["proprio_names"] == names and policy.metadata["seed"] is None
+    with pytest.raises(ValueError, match=r"8 dims \(\['joint 0', "):
+        policy.infer({"images": [Image.new("RGB", (9, 9))] * 2, "instruction": "x"})
+
+
+def test_the_originals_folders_are_loaded(oft_folder, observations, oft_recorded):
+    options = {"dtype": "float32", "device": "cpu", "action_chunk": 8, "num_cameras": 2}
+    policy = OpenVLAPolicy.from_pretrained(oft_folder(), "toy_robot", **options)
+    expected = oft_recorded["inputs"][0]["actions_l1_proprio_fp32"]
+    np.testing.assert_allclose(policy.infer(observations[0])["actions"], expected, atol=1e-5, rtol=0)
