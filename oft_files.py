@@ -11,6 +11,8 @@ Source: Kim et al. 2025 (arXiv:2502.19645) and the behaviour of its code (moojin
 import json
 import logging
 import os
+import pickle  # for the name of an error only: files are read with weights_only
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,16 +23,13 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("action_head", "proprio_projector", "noisy_action_projector", "vision_backbone")
 ADAPTER = "lora_adapter/adapter_config.json"
+STATISTICS = "dataset_statistics.json"
 HUB_KEYS = ("cache_dir", "local_files_only", "token", "revision")
 # What the original takes from words of its command line
 TOLD = ("action_chunk", "num_cameras", "action_normalization")
-# Statistics' key begins with, or number of action dims -> these
-PLATFORMS = {
-    "libero": (8, 2, "q99"),
-    "aloha": (25, 3, "min_max"),
-    "bridge": (5, 1, "q99"),
-    14: (25, 3, "min_max"),
-}
+# The original's robots: how the keys of their statistics begin -> these
+PLATFORMS = {"libero": (8, 2, "q99"), "aloha": (25, 3, "min_max"), "bridge": (5, 1, "q99")}
+ALOHA_DIM = 14  # two arms; no other robot of the original has as many actions
 
 
 @dataclass
@@ -41,8 +40,17 @@ class OFTFiles:
     parts: dict[str, Path] = field(default_factory=dict)
 
     def read(self, part: str) -> dict[str, torch.Tensor]:
-        """Tensors of a part, memory-mapped, without the prefix that data-parallel training adds."""
-        tensors = torch.load(self.parts[part], map_location="cpu", weights_only=True, mmap=True)
+        """Tensors of a part, memory-mapped, without the prefix that data-parallel training adds.
+
+        No code from the file runs. Raises ValueError for what holds anything but tensors.
+        """
+        try:
+            tensors = torch.load(self.parts[part], map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{self.parts[part]} is no whole file of weights: {reason}") from error
+        if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
+            raise ValueError(f"{self.parts[part]} holds something else than tensors by name.")
         return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
 
 
@@ -57,7 +65,8 @@ def find_oft(path: str, config: dict, **hub_kwargs) -> OFTFiles | None:
     folder = Path(path)
     subfolder = hub_kwargs.pop("subfolder", None) or ""
     if not folder.is_dir():
-        patterns = [os.path.join(subfolder, name) for name in (*(f"{part}--*.pt" for part in PARTS), ADAPTER)]
+        names = (*(f"{part}--*.pt" for part in PARTS), ADAPTER, STATISTICS)
+        patterns = [os.path.join(subfolder, name) for name in names]
         shared = {key: hub_kwargs[key] for key in HUB_KEYS if hub_kwargs.get(key) is not None}
         try:
             folder = Path(snapshot_download(path, allow_patterns=patterns, **shared))
@@ -89,7 +98,7 @@ def oft_fields(files: OFTFiles, config: dict, given: dict) -> dict:
     fields = {"attention": "bidirectional", "action_head": "token", "film": "vision_backbone" in files.parts}
     fields["film_counts_padding"] = fields["film"]
     statistics = read_statistics(files.folder, config)
-    dims = {len(each["action"]["mean"]) for each in statistics.values()}
+    dims = {len(next(iter(each["action"].values()))) for each in statistics.values()}
     if "action_head" in files.parts:
         shapes = {name: tensor.shape for name, tensor in files.read("action_head").items()}
         kinds = {"model.fc2.weight": "l1", "noise_predictor.mlp_resnet.fc2.weight": "diffusion"}
@@ -103,8 +112,8 @@ def oft_fields(files: OFTFiles, config: dict, given: dict) -> dict:
         dims = {given["action_dim"]}
     if len(dims) != 1:
         raise ValueError(
-            f"{files.folder} is a policy of OpenVLA-OFT without action head, and has statistics of {sorted(dims)} action "
-            "dims: pass action_dim."
+            f"{files.folder} is a policy of OpenVLA-OFT without action head, and its statistics have {sorted(dims)} "
+            "action dims: pass action_dim."
         )
     (fields["action_dim"],) = dims
     if "proprio_projector" in files.parts:
@@ -112,55 +121,72 @@ def oft_fields(files: OFTFiles, config: dict, given: dict) -> dict:
     if (fields["action_head"] == "diffusion") != ("noisy_action_projector" in files.parts):
         raise ValueError(f"{files.folder} has only one of a diffusion head and its noisy_action_projector.")
 
-    named = [robot for robot in PLATFORMS if any(str(key).startswith(str(robot)) for key in statistics)]
-    named += [robot for robot in PLATFORMS if robot == fields["action_dim"]]
-    told = dict(zip(TOLD, PLATFORMS[named[0]] if named else ()))
-    told |= {name: given[name] for name in TOLD if given.get(name) is not None}
+    robot = next((name for name in PLATFORMS if statistics and all(key.startswith(name) for key in statistics)), None)
+    if robot is None and fields["action_dim"] == ALOHA_DIM:
+        robot = "aloha"
+    told = {name: given[name] for name in TOLD if given.get(name) is not None}
+    assumed = dict(zip(TOLD, PLATFORMS.get(robot, ())))
+    assumed = {name: value for name, value in assumed.items() if name not in told}
+    told |= assumed
     if missing := [name for name in ("action_chunk", "num_cameras") if name not in told]:
         raise ValueError(
             f"{files.folder} is a policy of OpenVLA-OFT, whose files do not tell {' and '.join(missing)}, and its "
             f"statistics {sorted(statistics)} name no robot of the original: pass {' and '.join(missing)}, as trained."
         )
-    if named and not set(TOLD) & set(given):
-        logger.warning(
-            "%s is taken for a policy of OpenVLA-OFT on %s: %d steps in a chunk, %d camera(s).",
-            files.folder, named[0], told["action_chunk"], told["num_cameras"],
-        )  # fmt: skip
+    if "action_chunk" in assumed or assumed.get("action_normalization", "q99") != "q99":
+        logger.warning("%s is taken for a policy of OpenVLA-OFT on %s: %s.", files.folder, robot, assumed)
     return fields | told
 
 
 def read_statistics(folder: Path, config: dict) -> dict:
     """The statistics a policy acts with: dataset_statistics.json beside the weights, else those of its config."""
-    path = folder / "dataset_statistics.json"
+    path = folder / STATISTICS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config.get("norm_stats") or {}
 
 
-def oft_weights(files: OFTFiles) -> dict[str, torch.Tensor]:
+def oft_weights(files: OFTFiles) -> Mapping[str, torch.Tensor]:
     """All tensors of the parts, by the names our files have; towers with FiLM replace those beside them."""
-    weights = {}
-    for part in files.parts:
-        if part == "vision_backbone":
-            weights |= _film_towers(files)
-        else:
-            weights |= {f"{part}.{name}": tensor for name, tensor in files.read(part).items()}
-    return weights
+    return _Weights(files)
 
 
-def _film_towers(files: OFTFiles) -> dict[str, torch.Tensor]:
-    """Towers with FiLM, LoRA merged. In the file, blocks are wrapped, and so are their linear layers if the policy
-    was trained with LoRA: FiLM was put in after the adapters, which therefore do not fold with the others."""
-    adapter = files.folder / ADAPTER
-    told = json.loads(adapter.read_text()) if adapter.is_file() else {}
-    tensors = {name.replace(".block.", "."): tensor for name, tensor in files.read("vision_backbone").items()}
-    merged = {}
-    for name, tensor in tensors.items():
-        if ".lora_" in name:
-            continue
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name:
-            down, up = (tensors[f"{stem}.lora_{kind}.default.weight"].float() for kind in "AB")
-            rank = down.shape[0]
-            scale = told.get("lora_alpha", min(rank, 16)) / told.get("r", rank)
-            tensor = (tensor.float() + scale * up @ down).to(tensor.dtype)
-        merged[name.replace(".base_layer.", ".")] = tensor
-    return merged
+class _Weights(Mapping):
+    """Tensors as they lie in the files, but for the towers with FiLM, whose LoRA is merged when one is asked for.
+
+    FiLM was put in after the adapters, which therefore were not merged with the others: in the file, blocks are
+    wrapped, and so are their linear layers.
+    """
+
+    def __init__(self, files: OFTFiles):
+        adapter = files.folder / ADAPTER
+        self.adapter = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
+        self.tensors, self.lora = {}, {}
+        for part in files.parts:
+            for name, tensor in files.read(part).items():
+                if part != "vision_backbone":
+                    self.tensors[f"{part}.{name}"] = tensor
+                    continue
+                stem, lora, kind = name.replace(".block.", ".").partition(".lora_")
+                if lora:
+                    self.lora.setdefault(f"{stem}.weight", {})[kind] = tensor
+                else:
+                    self.tensors[stem.replace(".base_layer.", ".")] = tensor
+        for name, pair in self.lora.items():
+            if set(pair) != {"A.default.weight", "B.default.weight"} or name not in self.tensors:
+                raise ValueError(f"{files.parts['vision_backbone']}: LoRA of {name} is not plain: {sorted(pair)}.")
+            told, rank = self.adapter.get("r"), len(pair["A.default.weight"])
+            if told not in (None, rank):
+                raise ValueError(f"LoRA of {name} has rank {rank}, but {adapter} says {told}.")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        weight = self.tensors[name]
+        if name not in self.lora:
+            return weight
+        down, up = (self.lora[name][f"{kind}.default.weight"].float() for kind in "AB")
+        scale = self.adapter.get("lora_alpha", min(len(down), 16)) / len(down)
+        return (weight.float() + scale * up @ down).to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)

@@ -138,6 +138,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         if not hasattr(self, "lm_head"):  # the base model alone
             weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}
+        own = dict(self.named_parameters())
         unknown = [
             name
             for name in self.load_state_dict(weights, strict=False).unexpected_keys
@@ -145,6 +146,11 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         ]
         if unknown:
             raise ValueError(f"{files.folder} holds weights that its policy does not have: {unknown[:5]} …")
+        if offloaded := [name for name in weights if name in own and own[name].is_meta]:
+            raise ValueError(
+                f"{len(offloaded)} tensors such as {offloaded[0]} come from beside the weights of {files.folder}, and "
+                "cannot go to the disk: make it one folder with `openvla convert`, or choose another device_map."
+            )
         logger.warning("Of what transformers may call missing, %d tensors come from beside the weights.", len(weights))
         return set(weights)
 
