@@ -14,6 +14,7 @@ import numpy as np
 
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.processes import run_in_processes
+from openvla.serve.action_queue import ActionQueue
 
 PATIENCE = 300.0  # seconds without an answer after which a simulator hangs; opening one takes up to 30
 
@@ -57,6 +58,7 @@ def run_episodes(
     env_options: dict | None = None,
     num_envs: int = 1,
     execute: int | None = None,
+    ensemble: float | None = None,
     action_dim: int | None = None,
     seed: int = 0,
     patience: float = PATIENCE,
@@ -70,27 +72,29 @@ def run_episodes(
         env_options: for `open_env`: `cameras`, `renderer`.
         num_envs: simulators at a time; the policy answers those that wait, all at once.
         execute: how many actions of a chunk are carried out before the policy is asked again; None: all.
+        ensemble: ask at every step, and average all dims but grippers over the chunks; see `ActionQueue`.
         action_dim: numbers of an action, to tell a policy's mistake from a simulator's; None: not checked.
-        seed: of the scripted expert.
+        seed: of the scripted expert, and with task, episode and step of the policy's noise.
         patience: seconds after which a simulator counts as hung.
         on_outcome: called after every episode, in the order in which they end.
 
     Raises RuntimeError if an episode's simulator dies again and again, ValueError if it refuses an episode, and
     whatever the policy raises.
     """
-    if num_envs < 1 or (execute is not None and execute < 1):
-        raise ValueError(f"Expected at least one simulator and one action of a chunk, got {num_envs} and {execute}.")
+    if num_envs < 1:
+        raise ValueError(f"Expected at least one simulator, got {num_envs}.")
+    ActionQueue(None, execute, ensemble, [])  # raises for what cannot be before a simulator is opened
     outcomes = {}
 
     def answer(observations: list[dict]) -> list[dict]:
-        return _act(policy, observations, execute, action_dim)
+        return _act(policy, observations, action_dim)
 
     def note(job: Job, outcome: Outcome, restarts: int) -> None:
         outcome.restarts = restarts
         outcomes[job] = outcome
         on_outcome(job, outcome)
 
-    simulator = _Simulator(dict(env_options or {}), tuple(policy.needs), seed)
+    simulator = _Simulator(dict(env_options or {}), tuple(policy.needs), seed, execute, ensemble)
     run_in_processes(simulator, jobs, num_envs, note, answer, _name, patience)
     return outcomes
 
@@ -99,8 +103,8 @@ def _name(job: Job) -> str:
     return f"{job.suite} task {job.task} episode {job.episode}"
 
 
-def _act(policy, observations: list[dict], execute: int | None, action_dim: int | None) -> list[dict]:
-    """Per observation the `actions` `(T, A)` to carry out, `replaced` tokens, and processor `seconds`."""
+def _act(policy, observations: list[dict], action_dim: int | None) -> list[dict]:
+    """Per observation the `actions` `(T, A)`, `replaced` tokens, and processor `seconds`."""
     start = time.process_time()
     results = policy.infer_batch(observations)
     share = (time.process_time() - start) / len(observations)
@@ -111,17 +115,33 @@ def _act(policy, observations: list[dict], execute: int | None, action_dim: int 
         if not np.isfinite(result["actions"]).all():
             raise ValueError(f"The policy gave an action that is not finite: {result['actions']}.")
     return [
-        {"actions": result["actions"][:execute], "replaced": int(np.sum(result.get("replaced", 0))), "seconds": share}
+        {"actions": result["actions"], "replaced": int(np.sum(result.get("replaced", 0))), "seconds": share}
         for result in results
     ]
 
 
 # --- In the simulators' processes ------------------------------------------------------------------------------------
+class _Remote:
+    """The policy, as an episode sees it, and what it has cost so far."""
+
+    def __init__(self, ask: Callable[[dict], dict]):
+        self.ask, self.seconds, self.replaced = ask, 0.0, 0
+
+    def infer(self, observation: dict) -> dict:
+        answer = self.ask(observation)
+        self.seconds += answer["seconds"]
+        self.replaced += answer["replaced"]
+        return answer
+
+
 class _Simulator:
     """Runs episodes; stays open while the task is the same."""
 
-    def __init__(self, env_options: dict, needs: tuple[str, ...], seed: int):
+    def __init__(
+        self, env_options: dict, needs: tuple[str, ...], seed: int, execute: int | None, ensemble: float | None
+    ):
         self.env_options, self.needs, self.seed = env_options, needs, seed
+        self.execute, self.ensemble = execute, ensemble
         self.env, self.opened = None, None
 
     def __call__(self, job: Job, ask: Callable[[dict], dict]) -> Outcome:
@@ -135,29 +155,31 @@ class _Simulator:
         env.reset(job.episode)
         expert = env.expert(seed=self.seed) if "expert" in self.needs else None
         recording = Recording(env) if job.video else None
-        steps, success, policy_seconds, replaced = 0, False, 0.0, 0
+        # Names, not a policy's statistics, tell the gripper: experts have none, and the policy's dims are these.
+        averaged = [name != "gripper" for name, _ in env.conventions.action_dims]
+        policy = _Remote(ask)
+        queue = ActionQueue(policy, self.execute, self.ensemble, averaged)
+        steps, success = 0, False
         while not success and steps < env.max_steps:
-            answer = ask(self._observe(expert, (job.task, job.episode, steps)))
-            policy_seconds += answer["seconds"]
-            replaced += answer["replaced"]
-            for action in answer["actions"]:
-                if recording:
-                    recording.add(action)
-                success = env.step(action)
-                steps += 1
-                if success or steps == env.max_steps:
-                    break
+            wanted = queue.needs_observation
+            action = queue.act(self._observe(expert, (job.task, job.episode, steps)) if wanted else None)
+            if recording:
+                recording.add(action)
+            success = env.step(action)
+            steps += 1
         if recording:
             recording.write(job, success)
         seconds = time.perf_counter() - start
-        spent = {**env.stopwatch.seconds, "policy": policy_seconds}
-        return Outcome(success, steps, env.instruction, spent, seconds, replaced)
+        spent = {**env.stopwatch.seconds, "policy": policy.seconds}
+        return Outcome(success, steps, env.instruction, spent, seconds, policy.replaced)
 
     def _observe(self, expert, place: tuple[int, int, int]) -> dict:
         """What the policy needs. `place`: task, episode and step."""
         observation = self.env.observe() if "images" in self.needs else {"instruction": self.env.instruction}
         if "place" in self.needs:
             observation["place"] = place
+        if "seed" in self.needs:
+            observation["seed"] = (self.seed, *place)
         if expert:
             with self.env.stopwatch.measure("expert"):
                 observation["expert_action"] = expert.act()

@@ -2,6 +2,8 @@
 
 openvla evaluate openvla/openvla-7b-finetuned-libero-spatial --suite libero_spatial --center-crop-area 0.9
 openvla evaluate runs/my-policy --suite libero_object --tasks 0,3-5 --episodes 0-9 --num-envs 4 --videos 2
+openvla evaluate moojink/openvla-7b-oft-finetuned-libero-10 --suite libero_10 --center-crop-area 0.9
+openvla evaluate runs/my-policy --suite libero_goal --ensemble
 openvla evaluate http://127.0.0.1:8000 --suite libero_spatial --unnorm-key libero_spatial_no_noops
 openvla evaluate --baseline expert --suite libero_goal --episodes 0-9
 openvla evaluate --baseline expert-tokens --statistics demos/libero_goal --suite libero_goal --episodes 0-9
@@ -10,7 +12,9 @@ openvla evaluate runs/my-policy --data demos/libero_object --episodes 0-9
 The published protocol is the default: every official initial state once (LIBERO: 50 of each of 10 tasks), and its
 limits of steps. Every episode is written down as it ends: the same command goes on where it was stopped. Several
 simulators share one policy, which answers those that wait in one batch; in low precision a batch may round otherwise
-than one alone, so --num-envs 1 is what repeats to the bit.
+than one alone, so --num-envs 1 is what repeats to the bit. Policies get the simulator's first cameras, as many as they
+take (in LIBERO agentview, then wrist), and the robot's state if they take it. Of a chunk all actions are carried out,
+as OpenVLA-OFT does; --execute asks again earlier, --ensemble at every step, averaging chunks as ACT does.
 
 The output folder holds episodes.jsonl, results.json (all numbers), evaluation.json (for `openvla export`'s card),
 summary.png, and videos.
@@ -27,6 +31,7 @@ from pathlib import Path
 from openvla.cli import command_parser, parse_numbers
 from openvla.evaluate.envs import HELD_OUT, list_tasks, open_env, versions
 from openvla.evaluate.report import short_name, tell_differences
+from openvla.serve.action_queue import ENSEMBLE
 
 BASELINES = ("expert", "expert-tokens", "random")
 
@@ -52,6 +57,17 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--execute", type=int, metavar="N", help="actions of a chunk before asking again; default: all"
     )
+    arguments.add_argument(
+        "--ensemble",
+        type=float,
+        nargs="?",
+        const=ENSEMBLE,
+        metavar="DECAY",
+        help=f"ask at every step, and average over chunks; the weights' decay, {ENSEMBLE} unless told otherwise",
+    )
+    arguments.add_argument(
+        "--num-denoising-steps", type=int, metavar="N", help="of diffusion and flow heads; default: as declared"
+    )
     arguments.add_argument("--num-envs", type=int, default=1, help="simulators at a time, a process each")
     arguments.add_argument("--cameras", nargs="+", help="in the policy's order; default: the simulator's first ones")
     arguments.add_argument(
@@ -65,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
     arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
-    arguments.add_argument("--seed", type=int, default=7, help="of baselines; the initial states are fixed")
+    arguments.add_argument("--seed", type=int, default=7, help="of baselines and noise; the initial states are fixed")
     return arguments
 
 
@@ -108,6 +124,7 @@ def main(argv: list[str]) -> None:
         "suite": args.suite,
         "policy": metadata,
         "execute": args.execute,
+        "ensemble": args.ensemble,
         "env": env_options,
         "seed": args.seed,
         "versions": _versions(args.suite),
@@ -135,7 +152,8 @@ def main(argv: list[str]) -> None:
             progress.update()
 
         action_dim = len(conventions.action_dims)
-        run_episodes(jobs, policy, env_options, args.num_envs, args.execute, action_dim, args.seed, on_outcome=note)
+        acting = {"execute": args.execute, "ensemble": args.ensemble, "action_dim": action_dim, "seed": args.seed}
+        run_episodes(jobs, policy, env_options, args.num_envs, **acting, on_outcome=note)
 
     # 4. The report, of what this command asked for
     summary = summarize(line for key, line in log.episodes.items() if key in wanted)
@@ -153,9 +171,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("Expected either a checkpoint or --baseline.")
     if args.num_envs < 1 or args.videos < 0 or (args.execute is not None and args.execute < 1):
         raise ValueError("Expected --num-envs and --execute of 1 or more, and --videos of 0 or more.")
+    if args.execute is not None and args.ensemble is not None:
+        raise ValueError("Expected either --execute or --ensemble, which asks at every step.")
+    if args.ensemble is not None and not 0 <= args.ensemble < float("inf"):
+        raise ValueError(f"--ensemble {args.ensemble}: expected 0 (equal weights) or more.")
     if (args.baseline == "expert-tokens") != (args.statistics is not None):
         raise ValueError("--statistics, whose quantiles normalise the actions, and expert-tokens belong together.")
-    loading = ("center_crop_area", "device", "revision")
+    loading = ("center_crop_area", "num_denoising_steps", "device", "revision")
     idle = [name for name in loading if getattr(args, name) is not None] + ["dtype"] * (args.dtype != "auto")
     if args.baseline and args.unnorm_key:
         idle.append("unnorm_key")
@@ -176,6 +198,8 @@ def _tell(args: argparse.Namespace, metadata: dict, conventions, episodes: list[
             f"--episodes 0-{HELD_OUT - 1} are new to it",
             file=sys.stderr,
         )
+    if args.ensemble is not None and metadata.get("action_chunk") == 1:
+        print("note: one action at a time leaves --ensemble nothing to average", file=sys.stderr)
     if str(metadata.get("unnorm_key")).startswith("libero") and metadata.get("center_crop_area", 1.0) is None:
         print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
 
@@ -185,6 +209,9 @@ def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], e
     parts = [f"tasks {args.tasks}"] if len(tasks) < len(list_tasks(args.suite)) else []
     parts += [f"episodes {args.episodes}"] if len(episodes) < env.num_episodes else []
     parts += [f"{args.renderer} renderer"] if args.renderer != "official" else []
+    parts += [f"{args.execute} actions of each chunk"] if args.execute else []
+    parts += [f"ensemble of chunks, {args.ensemble:g}"] if args.ensemble is not None else []
+    parts += [f"{args.num_denoising_steps} denoising steps"] if args.num_denoising_steps else []
     parts += [f"baseline {args.baseline}"] if args.baseline else []
     return f"{args.suite} ({'; '.join(parts)})" if parts else args.suite
 
@@ -241,11 +268,19 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
         metadata = client.metadata()
         if metadata is None:
             print("note: this server declares no conventions; they are taken for the simulator's", file=sys.stderr)
-            return client, describe(conventions, args.checkpoint) | {"unnorm_key": args.unnorm_key}
+            assumed = describe(conventions, args.checkpoint) | {"unnorm_key": args.unnorm_key}
+            del assumed["action_chunk"]  # the answers will tell
+            return client, assumed
         if missing := {"action_dims", "num_cameras", "unnorm_key"} - set(metadata):
             raise ValueError(f"{args.checkpoint}/metadata does not tell {sorted(missing)}.")
         if args.unnorm_key not in (None, metadata["unnorm_key"]):
             raise ValueError(f"The server describes {metadata['unnorm_key']!r}, not {args.unnorm_key!r}.")
+        if metadata["num_cameras"] > 1 or metadata.get("proprio_dim"):
+            raise ValueError(
+                f"{args.checkpoint} takes {metadata['num_cameras']} camera(s) and {metadata.get('proprio_dim', 0)} "
+                "numbers of the robot's state; the original's protocol has one image and no state: name the "
+                "checkpoint instead of the address."
+            )
         return client, metadata
 
     from openvla.serve.policy import OpenVLAPolicy
@@ -257,6 +292,7 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
         prefer=(args.suite, published, f"{published}_no_noops"),
         dtype=args.dtype,
         device=args.device,
+        num_denoising_steps=args.num_denoising_steps,
         revision=args.revision,
         image_options={"jpeg_quality": None}  # the simulator's pictures have been through it
         | ({} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}),

