@@ -144,32 +144,29 @@ def read_statistics(folder: Path, config: dict) -> dict:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else config.get("norm_stats") or {}
 
 
-def oft_weights(files: OFTFiles) -> Mapping[str, torch.Tensor]:
-    """All tensors of the parts, by the names our files have; towers with FiLM replace those beside them."""
-    return _Weights(files)
+class OFTWeights(Mapping):
+    """All tensors of the parts, by the names our files have; towers with FiLM replace those beside them.
 
-
-class _Weights(Mapping):
-    """Tensors as they lie in the files, but for the towers with FiLM, whose LoRA is merged when one is asked for.
-
-    FiLM was put in after the adapters, which therefore were not merged with the others: in the file, blocks are
-    wrapped, and so are their linear layers.
+    They stay in their files, but for the towers with FiLM, whose LoRA is merged when a tensor is asked for. FiLM was
+    put in after the adapters, which therefore were not merged with the others: in the file, blocks are wrapped, and so
+    are their linear layers. `origins` is `{name in the file: name here}`, of LoRA that of the weight it changes.
     """
 
     def __init__(self, files: OFTFiles):
         adapter = files.folder / ADAPTER
         self.adapter = json.loads(adapter.read_text(encoding="utf-8")) if adapter.is_file() else {}
-        self.tensors, self.lora = {}, {}
+        self.tensors, self.lora, self.origins = {}, {}, {}
         for part in files.parts:
-            for name, tensor in files.read(part).items():
-                if part != "vision_backbone":
-                    self.tensors[f"{part}.{name}"] = tensor
-                    continue
-                stem, lora, kind = name.replace(".block.", ".").partition(".lora_")
+            for key, tensor in files.read(part).items():
+                name, lora, kind = f"{part}.{key}", "", ""
+                if part == "vision_backbone":
+                    name, lora, kind = key.replace(".block.", ".").partition(".lora_")
+                    name = f"{name}.weight" if lora else name.replace(".base_layer.", ".")
+                self.origins[f"{files.parts[part].name}: {key}"] = name
                 if lora:
-                    self.lora.setdefault(f"{stem}.weight", {})[kind] = tensor
+                    self.lora.setdefault(name, {})[kind] = tensor
                 else:
-                    self.tensors[stem.replace(".base_layer.", ".")] = tensor
+                    self.tensors[name] = tensor
         for name, pair in self.lora.items():
             if set(pair) != {"A.default.weight", "B.default.weight"} or name not in self.tensors:
                 raise ValueError(f"{files.parts['vision_backbone']}: LoRA of {name} is not plain: {sorted(pair)}.")

@@ -16,7 +16,7 @@ from transformers import __version__ as transformers_version
 from transformers.utils import cached_file
 
 from .configuration_openvla import OpenVLAConfig
-from .oft_files import HUB_KEYS, find_oft, oft_weights
+from .oft_files import HUB_KEYS, OFTWeights, find_oft
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 
     def _load_oft(self, files) -> set[str]:
         """Puts in what lies beside the weights; returns the names of it."""
-        weights = {module_name(name): tensor for name, tensor in oft_weights(files).items()}
+        weights = {module_name(name): tensor for name, tensor in OFTWeights(files).items()}
         if not hasattr(self, "lm_head"):  # the base model alone
             weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}

@@ -67,19 +67,19 @@ def convert_folder(
 
 
 def _write_oft(oft, config, weights, folder: Path) -> dict:
-    """Weights and parts of a policy of OpenVLA-OFT as one: every tensor of its `.pt` files is in, under its name."""
+    """Weights and parts of a policy of OpenVLA-OFT as one, tensor by tensor, byte by byte; but LoRA is merged."""
     from openvla.hub_upload.layout import check_weights, skeleton
     from openvla.hub_upload.weights import TensorInfo, write_shards
-    from openvla.oft_files import oft_weights
+    from openvla.oft_files import OFTWeights
 
-    parts = oft_weights(oft)
+    parts = OFTWeights(oft)
     infos = weights.infos | {name: TensorInfo(value.dtype, tuple(value.shape)) for name, value in parts.items()}
     unused = check_weights(skeleton(config), infos, oft.folder)
     write_shards(folder, infos, lambda name: parts[name] if name in parts else weights.read(name), 5 * 10**9)
     replaced = sorted(set(parts) & set(weights.infos))
     weights.infos = infos
     return {
-        "renamed": {name: name for name in parts},
+        "renamed": parts.origins,
         "dropped": dict.fromkeys(replaced, "replaced by the towers with FiLM"),
         "unused": unused,
     }

@@ -4,10 +4,16 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import openvla
@@ -373,3 +379,103 @@ def test_bad_sources(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="holds both model.safetensors and"):
         convert.main([str(broken), str(tmp_path / "out")])
     assert not re.search("incomplete", str(list(tmp_path.iterdir())))
+
+
+# --- Policies of OpenVLA-OFT ---
+OFT = {  # kind -> which of the recorded actions, or None for noise of the test's own
+    "l1": ({"head": "l1"}, "actions_l1_proprio_fp32"),
+    "l1 without state": ({"head": "l1", "proprio": False}, "actions_l1_fp32"),
+    "film": ({"head": "l1", "film": True}, "film"),
+    "diffusion": ({"head": "diffusion"}, "diffusion"),
+    "token": ({"head": "token"}, None),
+}
+STRANGER = """
+    import json, sys
+    sys.modules["openvla"] = None
+    import numpy as np, torch, transformers
+    from PIL import Image
+    from safetensors.torch import load_file
+    golden, told = load_file(sys.argv[1]), json.loads(sys.argv[3])
+    auto = getattr(transformers, "AutoModelFor" + ("Vision2Seq" if sys.argv[2] == "4" else "ImageTextToText"))
+    for folder, observations in told:
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+        assert type(model).__module__.startswith("transformers_modules."), type(model)
+        actions = []
+        for index, prompt, state, options in observations:
+            images = [Image.fromarray(golden[f"{index:02d}.{name}_u8"].numpy()) for name in ("primary", "wrist")]
+            if options:
+                options["noise"] = golden[f"diffusion.{index:02d}.noise"]
+            inputs = processor(prompt, images, state)
+            actions.append(model.predict_action(**inputs, unnorm_key="toy_robot", **options).tolist())
+        print(json.dumps(actions))
+"""
+
+
+def test_a_policy_of_openvla_oft_becomes_one_folder_for_strangers(
+    oft_folder, oft_policy, oft_recorded, oft_golden, tmp_path, capsys
+):
+    extra = json.loads((Path(__file__).parent / "fixtures" / "oft_extra.json").read_text())
+    told, expected = [], []
+    for number, (kind, recording) in enumerate(OFT.values()):
+        source, out = oft_folder(**kind), tmp_path / str(number)
+        convert.main([str(source), str(out), "--chunk", "8", "--cameras", "2"])
+        assert_tensors_are_equal(source, out)
+        entries = oft_recorded["inputs"][:2]
+        if recording in extra:
+            entries = [{**oft_recorded["inputs"][entry["index"]], **entry} for entry in extra[recording][-2:]]
+        state = kind.get("proprio", True)
+        options = [{"num_denoising_steps": entry["steps"]} if "steps" in entry else {} for entry in entries]
+        rows = [(entry["index"], entry["prompt"], entry["state"] if state else None) for entry in entries]
+        told.append((str(out), [(*row, more) for row, more in zip(rows, options)]))
+        if recording is None:  # the original's are of tokens that are no actions: see test_oft.py
+            model, processor = oft_policy(**kind)
+            images = [cameras(oft_golden, entry["index"]) for entry in entries]
+            inputs = [processor(row[1], shown, row[2]) for row, shown in zip(rows, images)]
+            expected.append([model.predict_action(**each, unnorm_key="toy_robot") for each in inputs])
+        else:
+            name = "actions" if recording in extra else recording
+            expected.append([entry[name] for entry in entries])
+    assert "centre crop: none; policies trained with random crops" in capsys.readouterr().out
+
+    golden = tmp_path / "golden.safetensors"
+    save_file(oft_golden, golden)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", textwrap.dedent(STRANGER), str(golden), transformers.__version__[0]]
+    done = subprocess.run([*command, json.dumps(told)], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for kind, actions, wanted in zip(OFT, map(json.loads, done.stdout.splitlines()), expected):
+        tolerance = 2e-4 if kind == "diffusion" else 1e-5
+        np.testing.assert_allclose(actions, wanted, rtol=0, atol=tolerance, err_msg=kind)
+
+
+def cameras(golden, index: int) -> list[Image.Image]:
+    return [Image.fromarray(golden[f"{index:02d}.{name}_u8"].numpy()) for name in ("primary", "wrist")]
+
+
+def assert_tensors_are_equal(source: Path, out: Path) -> None:
+    """What lies in a folder of OpenVLA-OFT is in the converted one, byte by byte, and the report tells of it."""
+    expected, origins = weights(source), {}
+    for path in source.glob("*.pt"):
+        part = path.name.partition("--")[0]
+        for key, tensor in torch.load(path, weights_only=True).items():
+            key = key.removeprefix("module.")
+            name = key.replace(".block.", ".") if part == "vision_backbone" else f"{part}.{key}"
+            expected[name], origins[f"{path.name}: {key}"] = tensor, name
+    made = weights(out)
+    assert made.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert made[name].dtype == tensor.dtype and torch.equal(made[name], tensor), name
+    report = json.loads((out / "conversion.json").read_text())
+    assert report["renamed"] == origins and report["tensors"] == len(expected)
+    replaced = {name for name in origins.values() if name in weights(source)}
+    assert report["dropped"] == dict.fromkeys(sorted(replaced), "replaced by the towers with FiLM")
+
+
+def test_chunk_and_cameras_are_for_policies_of_openvla_oft(checkpoint, oft_folder, run, tmp_path):
+    for source in (checkpoint, run):
+        with pytest.raises(ValueError, match="is no policy of OpenVLA-OFT: --chunk and --cameras are for those"):
+            convert.main([str(source), str(tmp_path / "out"), "--chunk", "8"])
+    with pytest.raises(ValueError, match="pass num_cameras, as trained"):
+        convert.main([str(oft_folder()), str(tmp_path / "out"), "--chunk", "8"])
+    assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import openvla
 from openvla.modeling_openvla import OpenVLAModel
-from openvla.oft_files import PARTS, find_oft, oft_weights
+from openvla.oft_files import PARTS, OFTWeights, find_oft
 
 TOLD = {"action_chunk": 8, "num_cameras": 2}
 KINDS = [
@@ -307,7 +307,7 @@ def test_lora_in_towers_with_film_is_merged(rank, alpha, folder, tmp_path, oft_p
     merged = with_lora(policy, rank, alpha)
     by_hand = Path(shutil.copytree(policy, tmp_path / "by_hand"))
     rewrite(by_hand, "vision_backbone", merged)
-    weights = oft_weights(find_oft(str(policy), {}))
+    weights = OFTWeights(find_oft(str(policy), {}))
     assert len([name for name in weights.lora if "featurizer.blocks.0." in name]) == 8  # both towers
     assert {name.replace(".block.", ".") for name in merged} <= set(weights)
     for name, tensor in merged.items():
@@ -366,7 +366,7 @@ def test_parts_do_not_stay_away_in_silence(oft_folder, tmp_path):
 def test_parts_stay_in_their_files(folder):
     policy = folder(film=True)
     with_lora(policy)
-    weights = oft_weights(find_oft(str(policy), {}))
+    weights = OFTWeights(find_oft(str(policy), {}))
     maps = Path("/proc/self/maps").read_text()
     assert all(f"{policy}/{part}--" in maps for part in ("action_head", "proprio_projector", "vision_backbone"))
     name = "vision_backbone.featurizer.blocks.0.attn.qkv.weight"
