@@ -13,9 +13,13 @@ hindsight, on these very steps), the recorded action of the step before, and the
 back, which is as close as tokens can come. Steps past an episode's end are not counted. Intervals hold 95 %, over
 draws of whole episodes.
 
-The output folder holds results.json (all numbers), evaluation.json (for `openvla export`'s card), errors.png, and
-episode_N.png of a few episodes. None of it says how often a task would succeed: a policy that acts is judged in a
-simulator or on a robot.
+Policies that decode in parallel give no token another to go by: both ways are one, and free-running is told. Without
+tokens there is only the error; of chunks, also how it grows with the steps ahead. Heads that denoise start from the
+same noise at every evaluation.
+
+The output folder holds results.json (all numbers), evaluation.json (for `openvla export`'s card), errors.png, of
+chunks ahead.png, and episode_N.png of a few episodes. None of it says how often a task would succeed: a policy that
+acts is judged in a simulator or on a robot.
 """
 
 import argparse
@@ -35,10 +39,13 @@ from openvla.evaluate.offline_scoring import MODES, Trace, summarize
 from openvla.evaluate.report import short_name
 
 VALIDATION_SHARE, SEED = 0.05, 42  # what `openvla finetune` takes unless told otherwise
+NOISE_SEED = 0  # with the step's number, of heads that denoise: the same noise whenever they are evaluated
 
 
 def evaluate_actions(model, collator, indices: list[int], batch_size: int = 8, accelerator=None) -> dict:
-    """Compares predicted with recorded actions on some steps of one dataset, given the right prefix.
+    """Compares predicted with recorded actions on some steps of one dataset: tokens given the right ones before them,
+    or, of policies that decode in parallel, the chunk that they would act by. What lies past an episode's end does not
+    count.
 
     Args:
         model: `OpenVLAForActionPrediction`, or a peft model around it; left in the mode it was in.
@@ -46,8 +53,9 @@ def evaluate_actions(model, collator, indices: list[int], batch_size: int = 8, a
         indices: steps of `collator.steps`.
         accelerator: shares the steps among its processes; all of them get the result.
 
-    Returns `token_accuracy` (share of tokens that the whole vocabulary's argmax gets right), `l1_normalized` and
-    `l1_physical` (mean over steps, `[A]` per dim, of the best action tokens), and `steps`.
+    Returns `l1_normalized` and `l1_physical` (mean over actions, `[A]` per dim; of the token head, of the best action
+    tokens), `steps`, and of the token head `token_accuracy`, the share of tokens that the whole vocabulary's argmax
+    gets right.
     """
     count, rank = (1, 0) if accelerator is None else (accelerator.num_processes, accelerator.process_index)
     # repeated until all processes have equally many: a sharded model has to be called by all of them
@@ -56,9 +64,10 @@ def evaluate_actions(model, collator, indices: list[int], batch_size: int = 8, a
     model.eval()
     try:
         found = {}
-        for start in range(0, len(positions), batch_size):
-            batch = positions[start : start + batch_size]
-            found |= zip(batch, _compare(model, collator, [indices[position] for position in batch]))
+        with _quiet():
+            for start in range(0, len(positions), batch_size):
+                batch = positions[start : start + batch_size]
+                found |= zip(batch, _compare(model, collator, [indices[position] for position in batch]))
     finally:
         for module in training:
             module.training = True
@@ -66,35 +75,47 @@ def evaluate_actions(model, collator, indices: list[int], batch_size: int = 8, a
         from accelerate.utils import gather_object
 
         found = dict(gather_object(list(found.items())))
-    rights, distances, physical = (np.stack(column) for column in zip(*found.values()))
-    return {
-        "token_accuracy": float(rights.mean()),
-        "l1_normalized": distances.mean(axis=(0, 1)).tolist(),
-        "l1_physical": physical.mean(axis=(0, 1)).tolist(),
+    rights, distances, physical = (np.concatenate(column) for column in zip(*(found[key] for key in sorted(found))))
+    accuracy = {"token_accuracy": float(rights.mean())} if rights.shape[-1] else {}
+    return accuracy | {
+        "l1_normalized": distances.mean(axis=0).tolist(),
+        "l1_physical": physical.mean(axis=0).tolist(),
         "steps": len(indices),
     }
 
 
 def _compare(model, collator, indices: list[int]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Per step: which tokens are right, distance in normalised and in physical units, all `(T, A)`."""
+    """Per step: which tokens are right, `(n, A)`, or `(n, 0)` without tokens; distance in normalised and in physical
+    units, both `(n, A)`; of those n actions of its chunk that lie inside the episode."""
     steps = [collator.steps[index] for index in indices]
     stats = collator.stats[steps[0].dataset]
-    ids, right = _predict_teacher_forced(model, collator, steps)
-    predicted = collator.tokenizer.decode(ids)
     recorded = np.stack([step.actions for step in steps])  # (steps, T, A)
-    distance = np.abs(predicted - stats.normalize(recorded))
-    physical = np.abs(stats.unnormalize(predicted) - recorded)
-    return list(zip(right, distance, physical))
+    normalized = stats.normalize(recorded)
+    right = np.zeros((*recorded.shape[:2], 0), dtype=bool)
+    if model.config.attention == "causal":
+        ids, right = _predict_teacher_forced(model, collator, steps)
+        predicted = collator.tokenizer.decode(ids)
+    else:
+        seeds = [(NOISE_SEED, index) for index in indices]
+        output = _predict_free_running(model, collator.processor, steps[0].dataset, steps, seeds)
+        predicted = output["normalized"]
+        if "ids" in output:
+            right = (output["ids"] == collator.tokenizer.encode(normalized)) & ~output["replaced"]
+    distance, physical = np.abs(predicted - normalized), np.abs(stats.unnormalize(predicted) - recorded)
+    counted = [~step.is_pad for step in steps]
+    return [tuple(each[row][inside] for each in (right, distance, physical)) for row, inside in enumerate(counted)]
 
 
 def _predict_teacher_forced(model, collator, steps: list) -> tuple[np.ndarray, np.ndarray]:
     """Each token given the recorded ones before it: the best action tokens, and which recorded ones the whole
-    vocabulary's argmax gets right; both `(steps, T, A)`."""
+    vocabulary's argmax gets right; both `(steps, T, A)`. What lies past an episode's end is not predicted."""
     import torch
 
     tokenizer = collator.tokenizer
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in collator.collate(steps).items()}
+    if model.config.proprio_dim:
+        batch["proprio"] = _states(model, steps, steps[0].dataset)
     targets = batch.pop("labels")[:, 1:]
     is_action = (targets >= tokenizer.vocab_start) & (targets < tokenizer.vocab_end)
     kept = is_action.any(dim=0).nonzero()[:, 0]
@@ -102,18 +123,61 @@ def _predict_teacher_forced(model, collator, steps: list) -> tuple[np.ndarray, n
         logits = model(**batch, use_cache=False, logits_to_keep=kept).logits[is_action[:, kept]].float()
     right = (logits.argmax(dim=-1) == targets[is_action]).cpu().numpy()
     best = logits[:, tokenizer.vocab_start : tokenizer.vocab_end].argmax(dim=-1) + tokenizer.vocab_start
+    shape = (len(steps), steps[0].actions.size)
+    counts = is_action.sum(dim=1).cpu().numpy()
+    scored = np.arange(shape[1]) < counts[:, None]  # (steps, T·A): labels may stop at the end of the episode
+    ids, rights = np.full(shape, tokenizer.vocab_start), np.zeros(shape, dtype=bool)
+    ids[scored], rights[scored] = best.cpu().numpy(), right
     shape = (len(steps), *steps[0].actions.shape)
-    return best.cpu().numpy().reshape(shape), right.reshape(shape)
+    return ids.reshape(shape), rights.reshape(shape)
 
 
-def _predict_free_running(model, processor, unnorm_key: str, steps: list) -> tuple[np.ndarray, np.ndarray]:
-    """What a robot would get: the action's tokens, and at which the model preferred one that is no action; both
-    `(steps, T, A)`."""
+def _predict_free_running(
+    model, processor, unnorm_key: str, steps: list, seeds: list, num_denoising_steps: int | None = None
+) -> dict[str, np.ndarray]:
+    """What a robot would get: `normalized` actions, and of the token head `ids`, and `replaced`, where the model
+    preferred a token that is no action; all `(steps, T, A)`.
+
+    Args:
+        seeds: per step, of the noise that heads which denoise start from.
+    """
+    import torch
+
+    from openvla.serve.policy import draw_noise
+
     prompts = [processor.build_prompt(step.instruction) for step in steps]
     inputs = processor(prompts, [step.images for step in steps]).to(next(model.parameters()).device)
-    output = model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True)
+    with torch.no_grad():
+        output = model.sample_actions(
+            **inputs,
+            action_dim=steps[0].actions.shape[1],
+            proprio=_states(model, steps, unnorm_key) if model.config.proprio_dim else None,
+            noise=draw_noise(model.config, seeds),
+            num_denoising_steps=num_denoising_steps,
+        )
+    found = {"normalized": output.actions, "ids": output.token_ids, "replaced": output.replaced}
     shape = (len(steps), *steps[0].actions.shape)
-    return output["token_ids"].reshape(shape), output["replaced"].reshape(shape)
+    return {name: values.cpu().numpy().reshape(shape) for name, values in found.items() if values is not None}
+
+
+def _states(model, steps: list, unnorm_key: str):
+    """Their proprioception as a tensor `(steps, P)` in [-1, 1]."""
+    import torch
+
+    from openvla.action_tokenizer import ActionStats
+
+    if missing := [step.source for step in steps if step.proprio is None]:
+        raise ValueError(
+            f"The policy takes {model.config.proprio_dim} numbers of the robot's state; {missing[0]} has none."
+        )
+    stats = ActionStats.from_norm_stats(model.norm_stats, unnorm_key, model.config.action_normalization, "proprio")
+    states = np.stack([step.proprio for step in steps])
+    if states.shape[1] != model.config.proprio_dim:
+        raise ValueError(
+            f"The policy takes {model.config.proprio_dim} numbers of the robot's state; {steps[0].source} has "
+            f"{states.shape[1]}."
+        )
+    return torch.from_numpy(stats.normalize(states)).to(next(model.parameters()).device, torch.float32)
 
 
 def predict_episodes(
@@ -125,6 +189,7 @@ def predict_episodes(
     cameras: list[str] | None = None,
     modes: tuple[str, ...] = MODES,
     batch_size: int = 8,
+    num_denoising_steps: int | None = None,
     progress: bool = True,
 ) -> list[Trace]:
     """Predicts every step of some episodes. Images are in memory for one batch, an episode at a time.
@@ -133,6 +198,7 @@ def predict_episodes(
         model: in eval mode, as `openvla.load` gives it.
         unnorm_key: whose statistics the policy acts and is compared with.
         cameras: which, in the policy's order; None: the dataset's first ones.
+        modes: of `MODES`; policies that decode in parallel have "free_running" alone.
 
     Raises ValueError for a dataset that is not like the policy's: other dims, too few cameras.
     """
@@ -143,6 +209,7 @@ def predict_episodes(
     from openvla.finetune.steps import StepDataset, check_episode
 
     stats = ActionStats.from_norm_stats(model.norm_stats, unnorm_key, model.config.action_normalization)
+    modes = modes if model.config.attention == "causal" else ("free_running",)
     chosen = cameras or reader.cameras[: processor.num_cameras]
     if len(chosen) != processor.num_cameras:
         raise ValueError(
@@ -163,19 +230,27 @@ def predict_episodes(
             opened = SimpleNamespace(name=reader.name, cameras=reader.cameras, read=lambda _, episode=episode: episode)
             steps = StepDataset(opened, [len(episode)], None, chosen, model.config.action_chunk)
             collator = ActionCollator(steps, processor, {reader.name: stats}, model.action_tokenizer)
-            found: dict[str, list] = {mode: [] for mode in modes}
+            free, forced = [], []
             for start in range(0, len(steps), batch_size):
-                batch = [steps[index] for index in range(start, min(start + batch_size, len(steps)))]
+                times = range(start, min(start + batch_size, len(steps)))
+                batch = [steps[time] for time in times]
                 if "free_running" in modes:
-                    found["free_running"].append(_predict_free_running(model, processor, unnorm_key, batch))
+                    seeds = [(NOISE_SEED, number, time) for time in times]
+                    free.append(_predict_free_running(model, processor, unnorm_key, batch, seeds, num_denoising_steps))
                 if "teacher_forced" in modes:
-                    found["teacher_forced"].append(_predict_teacher_forced(model, collator, batch))
+                    forced.append(_predict_teacher_forced(model, collator, batch))
                 bar.set_postfix(step=f"{start + len(batch)}/{len(steps)}")
             trace = Trace(number, episode.source, episode.instructions[0], episode.actions)
-            if "free_running" in modes:
-                trace.ids["free_running"], trace.replaced = map(np.concatenate, zip(*found["free_running"]))
-            if "teacher_forced" in modes:
-                trace.ids["teacher_forced"], trace.right = map(np.concatenate, zip(*found["teacher_forced"]))
+            if free:
+                whole = {name: np.concatenate([each[name] for each in free]) for name in free[0]}
+                trace.normalized["free_running"] = whole["normalized"]
+                trace.replaced = whole.get("replaced")
+                if "ids" in whole:
+                    trace.ids["free_running"] = whole["ids"]
+            if forced:
+                ids, trace.right = map(np.concatenate, zip(*forced))
+                trace.ids["teacher_forced"] = ids
+                trace.normalized["teacher_forced"] = model.action_tokenizer.decode(ids)
             traces.append(trace)
     return traces
 
@@ -216,6 +291,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cuda, cpu, …; default: cuda if there is one")
     add("--revision", help="branch, tag or commit of CHECKPOINT on the Hub")
     add("--output-dir", metavar="FOLDER", help="default: evaluations/CHECKPOINT/DATASET")
+    add("--num-denoising-steps", type=int, metavar="N", help="of diffusion and flow heads; default: as declared")
     add("--plots", type=int, default=3, metavar="N", help="draw N episodes; 0: no pictures (3)")
     return arguments
 
@@ -236,6 +312,7 @@ def main(argv: list[str]) -> None:
     from openvla.evaluate.offline_report import format_tables, name_dims, write_report
     from openvla.finetune.readers import open_reader
     from openvla.loading import load
+    from openvla.serve.policy import denoises
 
     # 1. Which steps
     reader = open_reader(args.data, args.name)
@@ -264,9 +341,16 @@ def main(argv: list[str]) -> None:
     unnorm_key = resolve_unnorm_key(model.norm_stats, known if args.unnorm_key is None else args.unnorm_key)
     stats = ActionStats.from_norm_stats(model.norm_stats, unnorm_key, model.config.action_normalization)
     modes = tuple(mode for mode in MODES if getattr(args, mode)) or MODES
+    if model.config.attention != "causal" and modes == ("teacher_forced",):
+        print("note: this policy decodes in parallel; teacher-forced is free-running", file=sys.stderr)
+    if args.num_denoising_steps is not None and not denoises(model.config):
+        raise ValueError(f"--num-denoising-steps would do nothing: a head {model.config.action_head!r} has none.")
+    denoising_steps = args.num_denoising_steps or model.config.num_denoising_steps
+    tokenizer = model.action_tokenizer if model.config.action_head == "token" else None
 
     # 3. Its predictions
-    traces = predict_episodes(model, processor, reader, unnorm_key, episodes, args.cameras, modes, args.batch_size)
+    options = {"modes": modes, "batch_size": args.batch_size, "num_denoising_steps": denoising_steps}
+    traces = predict_episodes(model, processor, reader, unnorm_key, episodes, args.cameras, **options)
     settings = {
         "name": short_name(args.checkpoint),
         "checkpoint": args.checkpoint,
@@ -280,6 +364,8 @@ def main(argv: list[str]) -> None:
         "seed": seed,
         "episodes": episodes,
         "action_chunk": model.config.action_chunk,
+        "action_head": model.config.action_head,
+        "num_denoising_steps": denoising_steps,
         "center_crop_area": processor.image_processor.center_crop_area,
         "batch_size": args.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -292,12 +378,12 @@ def main(argv: list[str]) -> None:
         "command": shlex.join(["openvla", "evaluate", *argv]),
         "settings": settings,
         "versions": versions,
-        **summarize(traces, stats, model.action_tokenizer, dims),
+        **summarize(traces, stats, tokenizer, dims),
     }
 
     # 4. The report
     folder = Path(args.output_dir or Path("evaluations", settings["name"], reader.name)).expanduser()
-    pictures = draw_all(found, traces, stats, model.action_tokenizer, args.plots) if args.plots else {}
+    pictures = draw_all(found, traces, stats, args.plots) if args.plots else {}
     write_report(folder, found, pictures)
     print(format_tables(found))
     print(f"\nnumbers, card entries and pictures: {folder}")

@@ -1,4 +1,5 @@
-"""Pictures of an offline evaluation, as PNG: predicted against recorded over an episode, and where the errors lie."""
+"""Pictures of an offline evaluation, as PNG: predicted against recorded over an episode, where the errors lie, and how
+they grow within a chunk."""
 
 import io
 
@@ -16,20 +17,23 @@ STYLES = {  # colour, line width
 }
 
 
-def draw_all(found: dict, traces: list[Trace], stats, tokenizer, num_episodes: int) -> dict[str, bytes]:
-    """`errors.png`, of the first of the modes, and `episode_N.png` of some episodes, evenly spread.
+def draw_all(found: dict, traces: list[Trace], stats, num_episodes: int) -> dict[str, bytes]:
+    """`errors.png` and of chunks `ahead.png`, of the first of the modes, and `episode_N.png` of some episodes, evenly
+    spread.
 
     Args:
         found: what `offline_scoring.summarize` gives, and its settings.
         stats: `ActionStats` that the policy acts with.
     """
-    mode, dataset = next(iter(traces[0].ids)), found["settings"]["dataset"]
+    mode, dataset = next(iter(traces[0].normalized)), found["settings"]["dataset"]
     dims = [(dim["name"], dim["unit"]) for dim in found[mode]["dims"]]
     predicted = [  # of a chunk the first step
-        {mode: stats.unnormalize(tokenizer.decode(ids[:, 0])) for mode, ids in trace.ids.items()} for trace in traces
+        {mode: stats.unnormalize(values[:, 0]) for mode, values in trace.normalized.items()} for trace in traces
     ]
     errors = np.concatenate([each[mode] - trace.actions for each, trace in zip(predicted, traces)])
     pictures = {"errors.png": draw_errors(found, errors, dims, mode)}
+    if "ahead" in found[mode]:
+        pictures["ahead.png"] = draw_ahead(found, mode)
     spread = np.linspace(0, len(traces) - 1, min(num_episodes, len(traces)))
     for index in spread.round().astype(int):
         trace = traces[index]
@@ -115,6 +119,34 @@ def draw_errors(found: dict, errors: np.ndarray, dims: list[tuple[str, str]], mo
     about = f"{settings['name']} on {settings['dataset']} ({settings['split']}), {len(errors):,} steps"
     caption = f"below: {mode.replace('_', '-')}, predicted less recorded (the farthest 0.5 % in the outermost bars)"
     figure.suptitle(f"{_shortened(about)}\n{caption}", fontsize=11, parse_math=False)
+    return _png(figure)
+
+
+def draw_ahead(found: dict, mode: str) -> bytes:
+    """Error of each dim, and of all, by steps ahead in the chunk; beside it, of the action before the observation."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(EPISODE_WIDTH * 0.7, BARS_HEIGHT + TITLE_HEIGHT), layout="constrained")
+    axis = figure.subplots()
+    for index, dim in enumerate(found[mode]["dims"]):
+        axis.plot([entry["dims"][index] for entry in found[mode]["ahead"]], linewidth=0.9, label=dim["name"])
+    for name, scores, style in (
+        ("all dims", found[mode], "-"),
+        ("previous action", found["baselines"]["previous action"], "--"),
+    ):
+        values = [entry["l1_normalized"] for entry in scores["ahead"]]
+        axis.plot(values, style, color="#222222", linewidth=2.2, label=name)
+    axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel("steps ahead in the chunk")
+    axis.set_ylabel("mean error, scale from -1 to 1")
+    axis.grid(alpha=0.3)
+    for text in axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False).get_texts():
+        text.set_parse_math(False)
+    settings = found["settings"]
+    about = f"{settings['name']} on {settings['dataset']} ({settings['split']}), {mode.replace('_', '-')}"
+    figure.suptitle(_shortened(about, 80), fontsize=11, parse_math=False)
     return _png(figure)
 
 

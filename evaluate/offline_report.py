@@ -30,22 +30,38 @@ def format_tables(found: dict) -> str:
     lines = [f"{settings['checkpoint']} on {settings['dataset']}: {amount}; as {settings['unnorm_key']!r}", ""]
 
     # 1. Per dim
-    lines.append(f"{mode}, per dim: absolute error in its unit (scaled: between -1 and 1), tokens right")
-    rows = [["", "error", "95 % interval", "median", "p95", "bias", "scaled", "exact", "±1 bin"]]
+    has_tokens = "token_accuracy" in scores
+    told = ", tokens right" if has_tokens else ""
+    lines.append(f"{mode}, per dim: absolute error in its unit (scaled: between -1 and 1){told}")
+    rows = [["", "error", "95 % interval", "median", "p95", "bias", "scaled"] + ["exact", "±1 bin"] * has_tokens]
     for label, dim in zip(labels, scores["dims"]):
         cells = [label, f"{dim['mae']:.4g}", _interval(dim["mae_interval"], ".3g")]
         cells += [f"{dim['median']:.4g}", f"{dim['p95']:.4g}", f"{dim['bias']:+.2g}", f"{dim['l1_normalized']:.4f}"]
-        rows.append([*cells, f"{dim['token_accuracy']:.1%}", f"{dim['within_one_bin']:.1%}"])
+        if has_tokens:
+            cells += [f"{dim['token_accuracy']:.1%}", f"{dim['within_one_bin']:.1%}"]
+        rows.append(cells)
     lines += [*_table(rows), "", "error per dim of what needs no policy"]
     rows = [["", *baselines]]
     for index, label in enumerate(labels):
         rows.append([label, *(f"{each['dims'][index]['mae']:.4g}" for each in baselines.values())])
 
-    # 2. In total
+    # 2. By how far ahead in the chunk
+    compared = {**policy, "previous action": baselines["previous action"]}
+    if "ahead" in scores:
+        lines += [*_table(rows), "", "all dims, by steps ahead in the chunk: error, scaled"]
+        rows = [["ahead", "actions", *compared] + ["tokens right"] * has_tokens]
+        for place, first in enumerate(scores["ahead"]):
+            cells = [str(place), f"{first['actions']:,}"]
+            cells += [f"{each['ahead'][place]['l1_normalized']:.4f}" for each in compared.values()]
+            rows.append(cells + ([f"{first['token_accuracy']:.1%}"] if has_tokens else []))
+
+    # 3. In total
     lines += [*_table(rows), "", "all dims"]
-    rows = [["", "tokens right", "95 % interval", "error, scaled", "95 % interval"]]
+    rows = [["", *["tokens right", "95 % interval"] * has_tokens, "error, scaled", "95 % interval"]]
     for name, each in {**policy, **baselines}.items():
-        cells = [name, f"{each['token_accuracy']:.1%}", _interval(each["token_accuracy_interval"], ".1%")]
+        cells = [name]
+        if has_tokens:
+            cells += [f"{each['token_accuracy']:.1%}", _interval(each["token_accuracy_interval"], ".1%")]
         rows.append([*cells, f"{each['l1_normalized']:.4f}", _interval(each["l1_normalized_interval"], ".4f")])
     lines += _table(rows)
     if replaced := found.get("free_running", {}).get("replaced"):
@@ -70,7 +86,7 @@ def card_entries(found: dict) -> list[dict]:
         dataset += f" ({settings['split']} episodes)"
     entries = []
     for mode in MODES:
-        for metric in ("token_accuracy", "l1_normalized") if mode in found else ():
+        for metric in [name for name in ("token_accuracy", "l1_normalized") if name in found.get(mode, ())]:
             entry = {"dataset": dataset, "metric": f"{mode}_{metric}", "value": found[mode][metric]}
             entry |= {"episodes": found["episodes"], "command": found["command"]}
             if interval := found[mode][f"{metric}_interval"]:
@@ -84,7 +100,7 @@ def write_report(folder: Path, found: dict, pictures: dict[str, bytes]) -> None:
     from openvla.finetune.inspection import write
 
     folder.mkdir(parents=True, exist_ok=True)
-    for file in [*folder.glob("episode_*.png"), folder / "errors.png"]:
+    for file in [*folder.glob("episode_*.png"), folder / "errors.png", folder / "ahead.png"]:
         if file.name not in pictures:
             file.unlink(missing_ok=True)
     for name, picture in pictures.items():

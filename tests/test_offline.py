@@ -176,6 +176,7 @@ def plain_traces() -> list[Trace]:
             f"file {number}",
             "go",
             values,
+            {"free_running": np.zeros((len(values), 1, 2))},
             {"free_running": np.full((len(values), 1, 2), MIDDLE)},
             replaced=np.zeros((len(values), 1, 2), bool),
         )
@@ -234,6 +235,7 @@ def test_what_lies_past_the_end_of_an_episode_is_not_counted():
     for trace in traces:
         trace.ids["free_running"] = np.full((len(trace.actions), 2, 2), MIDDLE)
         trace.ids["free_running"][-1, 1] = 31999
+        trace.normalized["free_running"] = ActionTokenizer().decode(trace.ids["free_running"])
         trace.replaced = np.zeros((len(trace.actions), 2, 2), bool)
         trace.replaced[-1, 1] = True
     found = summarize(traces, PLAIN)
@@ -243,6 +245,139 @@ def test_what_lies_past_the_end_of_an_episode_is_not_counted():
     assert found["free_running"]["replaced"] == 0
     # the mean is [3/4, 5/2]; errors of what came before: [3/4, 3/2], [1/4, 1/2], [1, 2], [1/4, 1/2]
     assert maes(found["baselines"]["previous action"]) == pytest.approx([9 / 16, 9 / 8])
+    # by steps ahead: now [0, 4], [1, 2] and [1, 2], and the [1, 2] that follows the first
+    now, later = found["free_running"]["ahead"]
+    assert (now["actions"], later["actions"]) == (3, 1)
+    assert now["dims"] == pytest.approx([1 / 3, 1 / 3]) and later["dims"] == pytest.approx([0, 0], abs=1e-7)
+    assert now["l1_normalized"] == pytest.approx(1 / 3) and now["token_accuracy"] == pytest.approx(2 / 3)
+    assert later["l1_normalized"] == pytest.approx(0, abs=1e-7) and later["token_accuracy"] == 1
+
+
+def test_without_tokens_nothing_is_said_of_them():
+    traces = plain_traces()
+    for trace in traces:
+        trace.normalized["free_running"] = np.full((len(trace.actions), 1, 2), 0.5)  # [1.5, 3] in PLAIN's units
+        trace.ids, trace.replaced = {}, None
+    found = summarize_traces(traces, PLAIN, None, [("x", "m"), ("gripper", "1 = open")])
+    assert maes(found["free_running"]) == pytest.approx([(1.5 + 0.5 + 0.5) / 3, (1 + 1 + 1) / 3])
+    assert found["free_running"]["l1_normalized"] == pytest.approx((1.5 + 0.5 + 0.5 + 0.5 + 0.5 + 0.5) / 6)
+    assert list(found["baselines"]) == ["mean action", "previous action"]
+    assert maes(found["baselines"]["mean action"]) == pytest.approx([4 / 9, 8 / 9])
+    assert found["per_episode"][0]["free_running_l1_normalized"] == pytest.approx((1.5 + 0.5 + 0.5 + 0.5) / 4)
+    for scores in (found, found["free_running"], *found["free_running"]["dims"], *found["per_episode"]):
+        assert not [key for key in scores if "token" in key or "bin" in key or key in ("replaced", "ahead")]
+
+
+# --- Policies that decode in parallel --------------------------------------------------------------------------------
+class Chunks:
+    """One episode of 8 steps; `actions` are what a policy of OpenVLA-OFT predicts for the first of them."""
+
+    name, cameras, fps = "toy_robot", ["primary", "wrist"], 5.0
+
+    def __init__(self, recorded, golden, actions):
+        self.entries, self.golden, self.actions = recorded["inputs"], golden, np.array(actions, np.float32)
+
+    def __len__(self):
+        return 1
+
+    def read(self, index):
+        spoken = [entry["prompt"].split("robot take to ")[1].removesuffix("?\nOut:") for entry in self.entries]
+        states = np.array([entry["state"] for entry in self.entries], np.float32)
+        return Episode(
+            "file", spoken, self.actions, states, lambda camera, step: self.golden[f"{step:02d}.{camera}_u8"].numpy()
+        )
+
+
+def collate(reader, model, processor) -> ActionCollator:
+    steps = StepDataset(reader, [8], None, reader.cameras, 8)
+    stats = ActionStats.from_norm_stats(model.norm_stats, "toy_robot")
+    return ActionCollator(steps, processor, {"toy_robot": stats}, model.action_tokenizer)
+
+
+def test_chunks_of_a_continuous_head_against_recorded_ones(oft_policy, oft_recorded, oft_golden):
+    model, processor = oft_policy()
+    chunks = np.array([entry["actions_l1_proprio_fp32"] for entry in oft_recorded["inputs"]])  # (8, 8, 7)
+    shift = np.array([0, 0, 0.1, 0, 0, 0, 0])
+    reader = Chunks(oft_recorded, oft_golden, chunks[0] + shift)
+    collator = collate(reader, model, processor)
+    stats = collator.stats["toy_robot"]
+
+    # 1. Its own chunk, but for one dim that is off by 0.1
+    found = offline.evaluate_actions(model, collator, [0])
+    assert set(found) == {"l1_normalized", "l1_physical", "steps"} and found["steps"] == 1
+    assert found["l1_physical"] == pytest.approx(shift, abs=1e-5)
+    assert found["l1_normalized"] == pytest.approx(shift * 2 / (stats.high - stats.low), abs=2e-5)
+
+    # 2. Of steps 6 and 7, two actions and one lie inside the episode
+    found = offline.evaluate_actions(model, collator, [6, 7], batch_size=1)
+    recorded = reader.actions
+    errors = [chunks[6][0] - recorded[6], chunks[6][1] - recorded[7], chunks[7][0] - recorded[7]]
+    assert found["l1_physical"] == pytest.approx(np.abs(errors).mean(axis=0), abs=1e-5)
+    assert offline.evaluate_actions(model, collator, [6, 7])["l1_physical"] == pytest.approx(
+        found["l1_physical"], abs=1e-5
+    )
+
+    # 3. The whole episode, as the command tells it and as training sees it
+    (trace,) = offline.predict_episodes(model, processor, reader, "toy_robot", [0], progress=False)
+    np.testing.assert_allclose(stats.unnormalize(trace.normalized["free_running"]), chunks, atol=2e-5)
+    assert list(trace.normalized) == ["free_running"] and not trace.ids
+    told = summarize_traces([trace], stats, None, [("", "")] * 7)["free_running"]
+    counted = [(step, later) for step in range(8) for later in range(8 - step)]
+    errors = np.abs([chunks[step, later] - recorded[step + later] for step, later in counted])
+    assert maes(told) == pytest.approx(errors.mean(axis=0), abs=1e-5)
+    assert [entry["actions"] for entry in told["ahead"]] == [8, 7, 6, 5, 4, 3, 2, 1]
+    (last,) = np.abs(trace.normalized["free_running"][0, 7] - stats.normalize(recorded[7]))[None]
+    assert told["ahead"][7]["dims"] == pytest.approx(last) and told["ahead"][7]["l1_normalized"] == pytest.approx(
+        last.mean()
+    )
+    found = offline.evaluate_actions(model, collator, list(range(8)))
+    assert found["l1_physical"] == pytest.approx(maes(told), abs=1e-5)
+
+
+def test_noise_is_the_same_at_every_evaluation(oft_policy, oft_recorded, oft_golden, monkeypatch):
+    model, processor = oft_policy("diffusion")
+    monkeypatch.setattr(model.config, "num_denoising_steps", 2)
+    chunks = [entry["actions_l1_proprio_fp32"] for entry in oft_recorded["inputs"]]
+    collator = collate(Chunks(oft_recorded, oft_golden, chunks[0]), model, processor)
+    torch.manual_seed(1)
+    first = offline.evaluate_actions(model, collator, [0, 3, 5])
+    torch.manual_seed(2)
+    assert offline.evaluate_actions(model, collator, [0, 3, 5]) == first
+    one_by_one = offline.evaluate_actions(model, collator, [0, 3, 5], batch_size=1)
+    assert one_by_one["l1_normalized"] == pytest.approx(first["l1_normalized"], abs=1e-4)
+    monkeypatch.setattr(offline, "NOISE_SEED", 1)
+    other = offline.evaluate_actions(model, collator, [0, 3, 5])
+    assert np.abs(np.subtract(other["l1_normalized"], first["l1_normalized"])).max() > 1e-3
+
+
+def test_tokens_decoded_in_parallel(oft_policy, oft_recorded, oft_golden):
+    """This policy was not trained for tokens: it would prefer others than actions everywhere."""
+    model, processor = oft_policy("token")
+    reader = Chunks(oft_recorded, oft_golden, np.zeros((8, 7)))
+    (trace,) = offline.predict_episodes(model, processor, reader, "toy_robot", [0], progress=False)
+    assert list(trace.ids) == ["free_running"] and trace.replaced.all()
+    stats = ActionStats.from_norm_stats(model.norm_stats, "toy_robot")
+    reader = Chunks(
+        oft_recorded, oft_golden, stats.unnormalize(ActionTokenizer().decode(trace.ids["free_running"][0]))
+    )
+    (trace,) = offline.predict_episodes(model, processor, reader, "toy_robot", [0], progress=False)
+    told = summarize_traces([trace], stats, model.action_tokenizer, [("", "")] * 7)["free_running"]
+    assert told["replaced"] == 1 and told["token_accuracy"] > 0
+    collator = collate(reader, model, processor)
+    found = offline.evaluate_actions(model, collator, [0])
+    assert found["token_accuracy"] == 0 and found["l1_normalized"] == pytest.approx([0] * 7, abs=HALF_BIN + 1e-6)
+
+
+def test_a_state_that_the_data_lack_is_told(oft_policy, oft_recorded, oft_golden):
+    model, processor = oft_policy()
+    reader = Chunks(oft_recorded, oft_golden, np.zeros((8, 7)))
+    for entries, problem in ((slice(0, 7), "has 7"), (None, "has none")):
+        short = copy.copy(reader)
+        episode = reader.read(0)
+        episode.proprio = None if entries is None else episode.proprio[:, entries]
+        short.read = lambda index, episode=episode: episode
+        with pytest.raises(ValueError, match=f"takes 8 numbers of the robot's state; file, step 0 {problem}"):
+            offline.predict_episodes(model, processor, short, "toy_robot", [0], progress=False)
 
 
 # --- What is asked for -----------------------------------------------------------------------------------------------
@@ -359,6 +494,7 @@ def test_the_whole_command(two_cameras, tmp_path, capsys):
     assert settings["unnorm_key"] == "toy_robot" and found["versions"]["torch"] == torch.__version__
     assert found["command"].startswith(f"openvla evaluate {two_cameras} --data")
     assert sorted(path.name for path in out.iterdir()) == [
+        "ahead.png",
         "episode_0.png",
         "episode_1.png",
         "errors.png",
@@ -379,6 +515,16 @@ def test_the_whole_command(two_cameras, tmp_path, capsys):
     counted = np.arange(5)[:, None] + np.arange(2) < 5
     predicted = stats.unnormalize(ActionTokenizer().decode(traces[0].ids["free_running"]))[counted]
     errors = np.abs(predicted - actions(0)[np.minimum(np.arange(5)[:, None] + np.arange(2), 4)][counted])
+
+    collator = ActionCollator(
+        StepDataset(reader, [5, 3], None, ["front", "wrist"], 2),
+        processor,
+        {"toy_robot": stats},
+        model.action_tokenizer,
+    )
+    in_training = offline.evaluate_actions(model, collator, list(range(8)), batch_size=3)
+    assert in_training["token_accuracy"] == pytest.approx(found["teacher_forced"]["token_accuracy"])
+    assert in_training["l1_physical"] == pytest.approx(maes(found["teacher_forced"]))
 
     # 2. The card can have it
     results = read_evaluation(out / "evaluation.json")
@@ -418,8 +564,49 @@ def test_the_whole_command(two_cameras, tmp_path, capsys):
     assert [result["dataset"] for result in read_evaluation(out / "evaluation.json")] == [
         "toy_robot (held-out episodes)"
     ] * 2
-    assert sorted(path.name for path in out.glob("*.png")) == ["episode_0.png", "errors.png"]
+    assert sorted(path.name for path in out.glob("*.png")) == ["ahead.png", "episode_0.png", "errors.png"]
     assert "unknown" in capsys.readouterr().out  # the interval
+
+
+def test_the_whole_command_for_a_head_without_tokens(oft_policy, tmp_path, capsys):
+    model, processor = oft_policy("diffusion")
+    model.save_pretrained(tmp_path / "policy")
+    processor.save_pretrained(tmp_path / "policy")
+    data, out = write_folder(tmp_path / "data"), tmp_path / "out"
+    common = [str(tmp_path / "policy"), "--data", str(data), "--name", "toy_robot", "--device", "cpu"]
+    common += ["--output-dir", str(out), "--dtype", "float32"]
+    command_line(["evaluate", *common, "--num-denoising-steps", "1", "--teacher-forced", "--plots", "1"])
+    told = capsys.readouterr()
+    assert "note: this policy decodes in parallel; teacher-forced is free-running" in told.err
+    assert "token" not in told.out and "bin" not in told.out
+    found = json.loads((out / "results.json").read_text())
+    settings = found["settings"]
+    assert (settings["action_head"], settings["num_denoising_steps"], settings["action_chunk"]) == ("diffusion", 1, 8)
+    ahead = found["free_running"]["ahead"]
+    assert [entry["actions"] for entry in ahead] == [8, 6, 4, 2, 1]  # episodes of 5 and 3 steps
+    (line,) = [line for line in told.out.splitlines() if line.split()[:2] == ["3", "2"]]
+    assert line.split()[2] == f"{ahead[3]['l1_normalized']:.4f}"
+    assert [entry["metric"] for entry in read_evaluation(out / "evaluation.json")] == ["free_running_l1_normalized"]
+    assert sorted(path.name for path in out.glob("*.png")) == ["ahead.png", "episode_0.png", "errors.png"]
+    with Image.open(out / "ahead.png") as picture:
+        drawn = np.asarray(picture.convert("L"))
+    assert (drawn < 60).sum() > 500  # two thick lines, and words
+
+    # what it would do for the first step of the first episode
+    reader = open_reader(str(data), "toy_robot")
+    episode = reader.read(0)
+    noise = np.random.default_rng((offline.NOISE_SEED, 0, 0)).standard_normal((1, 8, 7), dtype=np.float32)
+    pictures = [[episode.image(camera, 0) for camera in ("front", "wrist")]]
+    inputs = processor([processor.build_prompt(episode.instructions[0])], pictures, episode.proprio[:1])
+    options = {"noise": torch.from_numpy(noise), "num_denoising_steps": 1, "unnorm_key": "toy_robot"}
+    expected = model.predict_action(**inputs, **options)
+    (trace,) = offline.predict_episodes(
+        model, processor, reader, "toy_robot", [0], num_denoising_steps=1, progress=False
+    )
+    stats = ActionStats.from_norm_stats(model.norm_stats, "toy_robot")
+    np.testing.assert_allclose(stats.unnormalize(trace.normalized["free_running"][0]), expected, atol=1e-4)
+    with pytest.raises(SystemExit, match="choose|takes 2 camera"):
+        command_line(["evaluate", *common, "--cameras", "front"])
 
 
 def test_an_adapter_is_evaluated_as_what_it_merges_to(checkpoint, tmp_path):
