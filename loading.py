@@ -13,7 +13,8 @@ def load(pretrained_model_name_or_path: str, **kwargs):
             `token`, `cache_dir`, `local_files_only` and `subfolder` go to the processor, too. Folders that
             OpenVLA-OFT's training left may need `action_chunk` and `num_cameras`, which their files do not tell.
 
-    Returns `(OpenVLAForActionPrediction in eval mode, OpenVLAProcessor)`.
+    Returns `(OpenVLAForActionPrediction in eval mode, OpenVLAProcessor)`; with `output_loading_info`, the former is
+    `(model, report)`.
     """
     from transformers.utils import cached_file
 
@@ -32,5 +33,9 @@ def load(pretrained_model_name_or_path: str, **kwargs):
         with open(adapter, encoding="utf-8") as file:
             base = json.load(file)["base_model_name_or_path"]
         processor = OpenVLAProcessor.from_pretrained(base, **{k: v for k, v in shared.items() if k != "revision"})
-    model = OpenVLAForActionPrediction.from_pretrained(pretrained_model_name_or_path, **kwargs)
-    return model.eval(), processor
+    loaded = OpenVLAForActionPrediction.from_pretrained(pretrained_model_name_or_path, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.eval()
+    processor.num_cameras = model.config.num_cameras  # which `kwargs` may have changed
+    processor.num_state_tokens = model.config.num_placeholders - model.config.num_image_tokens
+    return loaded, processor

@@ -32,6 +32,9 @@ CHECKPOINT_RENAMES = {
 # Left in full precision by bitsandbytes: together 8 % of the parameters, and they see the image or pick the action.
 UNQUANTIZED_MODULES = ["model.vision_backbone", "model.projector", "lm_head", "vision_backbone", "projector"]
 UNQUANTIZED_MODULES += ["action_head", "proprio_projector", "noisy_action_projector"]
+# Beside an adapter: what the policy is, whose base may have another head and other inputs. A config.json there would
+# make transformers look for the weights there, too.
+ADAPTER_CONFIG = "openvla_config.json"
 TRANSFORMERS_4 = transformers_version.startswith("4.")
 
 if not TRANSFORMERS_4:
@@ -115,11 +118,24 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _keep_towers_unquantized(kwargs["quantization_config"])
 
+        adapter = _read_adapter(path, hub_kwargs)
+        told = None if adapter is None or "config" in kwargs else _file(path, ADAPTER_CONFIG, hub_kwargs)
+        if told is not None:
+            kwargs["config"] = cls.config_class.from_json_file(told)
         report_wanted = kwargs.pop("output_loading_info", False)
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
+        if not TRANSFORMERS_4 and getattr(model, "_weight_conversions", None) is not None:
+            # It notes the renames that the file needed, to undo those when saving: parts that the file lacks, and that
+            # training adds, would be saved under our names.
+            used = {pattern for each in model._weight_conversions for pattern in each.source_patterns}
+            unused = {source: target for source, target in CHECKPOINT_RENAMES.items() if source not in used}
+            model._weight_conversions += [WeightRenaming(source, target) for source, target in unused.items()]
         missing = {key for key in report["missing_keys"] if ".lora_" not in key}  # those start as no-ops
+        if adapter is not None:  # what it holds whole
+            whole = set(adapter.get("modules_to_save") or ())
+            missing = {key for key in missing if not whole & set(key.split("."))}
         if oft_files is not None:
             missing -= model._load_oft(oft_files)
         missing = sorted(missing)
@@ -191,10 +207,23 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         return renamed
 
 
+def _file(path: str, name: str, hub_kwargs: dict) -> str | None:
+    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(path, name, **optional, **hub_kwargs)
+
+
+def _read_adapter(path: str, hub_kwargs: dict) -> dict | None:
+    """adapter_config.json of a folder or repository that holds a LoRA adapter."""
+    file = _file(path, "adapter_config.json", hub_kwargs)
+    if file is None:
+        return None
+    with open(file, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
 def _find_oft(path: str, hub_kwargs: dict, config: OpenVLAConfig | None):
     """The files of a policy of OpenVLA-OFT, or None. Raises ValueError if `config` takes it for something else."""
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    file = cached_file(path, "config.json", **optional, **hub_kwargs)
+    file = _file(path, "config.json", hub_kwargs)
     if file is None:  # an adapter: its base has one
         return None
     with open(file, encoding="utf-8") as stream:

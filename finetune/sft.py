@@ -3,6 +3,8 @@
 openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/cup --max_steps 5000
 openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/cup --mode qlora --max_steps 5000
 openvla finetune --model openvla/openvla-7b --data lab/pick_cup lab/pour --weights 1 0.5 --output_dir runs/both
+openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/oft --head l1 --chunk 8 \
+    --cameras front wrist --proprio true --max_steps 50000 --decay_steps 25000
 openvla finetune --model openvla/openvla-7b --data datasets --mixture bridge_rt_1 --mode full --output_dir runs/oxe
 openvla finetune --config recipe.yaml --learning_rate 1e-4
 openvla finetune --config recipe.yaml --resume true
@@ -19,6 +21,8 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from openvla.finetune.policy import FILM, NEW_PARTS, is_new
 
 MODES = ("lora", "qlora", "full", "frozen-vision", "last-layer", "sandwich")
 
@@ -42,7 +46,24 @@ class FinetuneArguments:
         metadata={"help": "per action dim: 1 = normalise, 0 = leave; default: all but a gripper in [0, 1]"},
     )
     mode: str = field(default="lora", metadata={"help": ", ".join(MODES)})
-    cameras: list[str] | None = field(default=None, metadata={"help": "which, in order; default: the first ones"})
+    head: str | None = field(
+        default=None,
+        metadata={"help": "token, l1, diffusion, flow: decode in parallel (OpenVLA-OFT); default: as it is"},
+    )
+    attention: str | None = field(
+        default=None, metadata={"help": "bidirectional or prefix; default: prefix for flow, else bidirectional"}
+    )
+    chunk: int | None = field(default=None, metadata={"help": "steps predicted at once, with --head"})
+    pad_chunks: bool = field(
+        default=False, metadata={"help": "train on the last steps of episodes, too, scoring chunks up to the end"}
+    )
+    cameras: list[str] | None = field(
+        default=None, metadata={"help": "which, in order: the policy takes as many; default: the first ones"}
+    )
+    proprio: bool | None = field(default=None, metadata={"help": "the robot's state is an input; default: as it is"})
+    film: bool | None = field(
+        default=None, metadata={"help": "towers conditioned on the instruction (OFT+), with --head; default: as it is"}
+    )
     lora_rank: int = 32
     lora_alpha: int | None = field(default=None, metadata={"help": "default: min(rank, 16), as the original"})
     lora_dropout: float = 0.0
@@ -95,43 +116,61 @@ def choose_trainable(model, mode: str) -> None:
     if mode not in ("full", "frozen-vision", "last-layer", "sandwich"):
         raise ValueError(f"Unknown mode {mode!r}; expected one of {MODES}.")
     language_model = model.model.language_model
-    last = [language_model.get_input_embeddings(), language_model.layers[-1], model.lm_head]
+    # a policy with another head never asks lm_head, and what gets no gradient must not wait for one
+    head = [model.lm_head] if model.action_head is None else []
+    last = [language_model.get_input_embeddings(), language_model.layers[-1], *head]
     trained = {
-        "full": [model],
-        "frozen-vision": [model.model.projector, language_model, model.lm_head],
+        "full": [model.model, *head],
+        "frozen-vision": [model.model.projector, language_model, *head],
         "last-layer": last,
         "sandwich": [model.model.vision_backbone, model.model.projector, *last],
     }[mode]
     model.requires_grad_(False)
     for module in trained:
         module.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if is_new(name):
+            parameter.requires_grad_(True)
 
 
-def lora_config(rank: int, alpha: int | None, dropout: float, vision: bool, head: bool = False):
-    """LoRA on every linear layer but the head, as the original but for modules that never run."""
+def lora_config(rank: int, alpha: int | None, dropout: float, vision: bool, head: bool = False, config=None):
+    """LoRA on every linear layer but the head, as the original but for modules that never run. Continuous heads,
+    projectors of other inputs and FiLM, which `config` tells of, are trained whole."""
     from peft import LoraConfig
 
+    whole = ["lm_head"] if head else []
+    if config is not None:
+        whole += ["action_head"] if config.action_head != "token" else []
+        whole += ["noisy_action_projector"] if config.action_head in ("diffusion", "flow") else []
+        whole += ["proprio_projector"] if config.proprio_dim else []
+        whole += list(FILM) if config.film else []
+    excluded = [rf".*\b{name}\b.*" for name in whole if name != "lm_head"]
+    excluded += [] if vision else [r".*vision_backbone.*"]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha or min(rank, 16),
         lora_dropout=dropout,
         target_modules="all-linear",
-        exclude_modules=None if vision else r".*vision_backbone.*",
-        modules_to_save=["lm_head"] if head else None,
+        exclude_modules="|".join(excluded) or None,
+        modules_to_save=whole or None,
         init_lora_weights="gaussian",
     )
 
 
 def parameter_table(model) -> str:
     """Parameters and trainable share per part of the policy."""
-    parts = {"vision_backbone": [0, 0], "projector": [0, 0], "language_model": [0, 0], "lm_head": [0, 0]}
+    parts = {part: [0, 0] for part in ("vision_backbone", "projector", "language_model", "lm_head", *NEW_PARTS)}
     for name, parameter in model.named_parameters():
         part = parts[next(part for part in parts if f".{part}." in f".{name}")]
         part[0] += parameter.numel()
         part[1] += parameter.numel() * parameter.requires_grad
+    parts = {name: sizes for name, sizes in parts.items() if sizes[0]}
     parts["total"] = [sum(column) for column in zip(*parts.values())]
-    rows = [f"{'':<16}{'parameters':>16}{'trained':>16}{'share':>9}"]
-    rows += [f"{name:<16}{size:>16,}{trained:>16,}{trained / size:>9.2%}" for name, (size, trained) in parts.items()]
+    width = max(16, max(map(len, parts)) + 1)
+    rows = [f"{'':<{width}}{'parameters':>16}{'trained':>16}{'share':>9}"]
+    rows += [
+        f"{name:<{width}}{size:>16,}{trained:>16,}{trained / size:>9.2%}" for name, (size, trained) in parts.items()
+    ]
     return "\n".join(rows)
 
 
@@ -195,6 +234,35 @@ def check_options(args: FinetuneArguments, config) -> None:
         default = config.__dataclass_fields__[name].default
         if getattr(config, name) not in (default, None, False):
             raise ValueError(f"--{name} {getattr(config, name)} would have no effect here: {reason}.")
+
+
+def policy_fields(args: FinetuneArguments, sources: list[Source]) -> dict:
+    """Fields of `OpenVLAConfig` that a run gives its policy; what it says nothing of stays as the checkpoint has it.
+
+    A head that is named decodes in parallel: with attention "prefix" if it is "flow", which then computes images and
+    prompt once for all its steps, otherwise with "bidirectional", as OpenVLA-OFT.
+    """
+    fields = {} if args.cameras is None else {"num_cameras": len(args.cameras)}
+    sizes = {
+        name: {source.reader.name: len(source.scan.norm_stats.get(name, {}).get("mean", ())) for source in sources}
+        for name in ("action", "proprio")
+    }
+
+    def shared(name: str) -> int:
+        if len(set(sizes[name].values())) > 1 or not all(sizes[name].values()):
+            raise ValueError(f"One policy needs {name} of as many dims in all its data, which have {sizes[name]}.")
+        return next(iter(sizes[name].values()))
+
+    if args.proprio is not None:
+        fields["proprio_dim"] = shared("proprio") if args.proprio else 0
+    if args.head is not None:
+        attention = args.attention or ("prefix" if args.head == "flow" else "bidirectional")
+        fields |= {"action_head": args.head, "attention": attention, "action_dim": shared("action")}
+        fields |= {} if args.chunk is None else {"action_chunk": args.chunk}
+        fields |= {} if args.film is None else {"film": args.film}
+    elif args.attention or args.chunk or args.film is not None:
+        raise ValueError("--attention, --chunk and --film belong to parallel decoding: say with which --head.")
+    return fields
 
 
 def check_datasets(sources: list[Source], model) -> None:
@@ -271,16 +339,16 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import PartialState
     from datasets import Dataset
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, set_seed
     from trl import SFTConfig, TrlParser
 
     from openvla.action_tokenizer import ActionStats
     from openvla.finetune.collator import ActionCollator
+    from openvla.finetune.policy import open_policy
     from openvla.finetune.readers import open_reader
     from openvla.finetune.statistics import scan
     from openvla.finetune.steps import MixedSteps, StepDataset, run_order
     from openvla.finetune.trainer import ActionTrainer, WeightAverage, plot_curves, save_atomically
-    from openvla.loading import load
 
     parser = TrlParser((FinetuneArguments, SFTConfig), prog="openvla finetune", description=__doc__)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available())
@@ -312,7 +380,12 @@ def main(argv: list[str]) -> None:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     dtype = torch.bfloat16 if config.bf16 and adapts else torch.float32
-    model, processor = load(args.model, dtype=dtype, quantization_config=quantization)
+    fields = policy_fields(args, sources)
+    set_seed(config.seed)  # new heads start at random
+    model, processor = open_policy(args.model, fields, dtype=dtype, quantization_config=quantization)
+    for name, module in model.named_modules():
+        if is_new(f"{name}.weight"):  # trained whole, at LoRA's learning rate
+            module.float()
     if getattr(model, "peft_config", None):
         raise ValueError(f"{args.model} is an adapter: start from the folder `merged` of its run instead.")
     check_datasets(sources, model)
@@ -326,25 +399,38 @@ def main(argv: list[str]) -> None:
     # 3. What is trained, in which order
     peft_config = None
     if adapts:
-        peft_config = lora_config(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_vision, args.lora_head)
+        if args.lora_head and model.action_head is not None:
+            raise ValueError(f"--lora_head trains lm_head, which head {model.config.action_head!r} never asks.")
+        lora = args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_vision, args.lora_head
+        peft_config = lora_config(*lora, model.config)
     else:
         choose_trainable(model, args.mode)
     chunk, scheme = model.config.action_chunk, model.config.action_normalization
     stats = {name: ActionStats.from_norm_stats(model.norm_stats, name, scheme) for name in names}
+    states = {}
+    if model.config.proprio_dim:
+        states = {name: ActionStats.from_norm_stats(model.norm_stats, name, scheme, "proprio") for name in names}
 
-    def steps_of(source: Source, episodes: list[int]) -> StepDataset:
+    def steps_of(source: Source, episodes: list[int], pad_chunks: bool = True) -> StepDataset:
         cameras = args.cameras or source.reader.cameras[: processor.num_cameras]
         if len(cameras) != processor.num_cameras:
             raise ValueError(
                 f"The policy takes {processor.num_cameras} camera(s), got {cameras} of {source.reader.cameras}."
             )
         keep_open = max(32, args.shuffle_episodes)
-        return StepDataset(source.reader, source.scan.lengths, episodes, cameras, chunk, keep_open)
+        return StepDataset(source.reader, source.scan.lengths, episodes, cameras, chunk, pad_chunks, keep_open)
 
-    parts = [steps_of(source, source.training) for source in sources]
+    def collate(steps: StepDataset | MixedSteps, seed: int | None = None) -> ActionCollator:
+        return ActionCollator(steps, processor, stats, model.action_tokenizer, seed, model.config, states)
+
+    parts = [steps_of(source, source.training, args.pad_chunks) for source in sources]
     steps = MixedSteps(parts)
-    seed = config.seed if args.augment else None
-    collator = ActionCollator(steps, processor, stats, model.action_tokenizer, seed)
+    for source, part in zip(sources, parts):
+        if not len(part):
+            raise ValueError(
+                f"{source.reader.name} has no episode of {chunk} steps: shorten --chunk or --pad_chunks true"
+            )
+    collator = collate(steps, config.seed if args.augment else None)
     validation = {}
     for kind, share in (("", "held_out"), ("training_", "training")):
         for source in sources:
@@ -354,7 +440,7 @@ def main(argv: list[str]) -> None:
                 indices = run_order(
                     [scored.episode_lengths], None, min(args.validation_steps, len(scored)), config.seed
                 )
-                validation[prefix] = (ActionCollator(scored, processor, stats, model.action_tokenizer), indices)
+                validation[prefix] = (collate(scored), indices)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     if config.max_steps < 0:
         config.max_steps = math.ceil(len(steps) * config.num_train_epochs / batch)
@@ -370,10 +456,11 @@ def main(argv: list[str]) -> None:
     run = Path(config.output_dir)
     given = ("model", "data", "mode", "weights", "mixture", "lora_rank", "lora_alpha", "lora_dropout", "lora_vision")
     given += ("lora_head", "augment", "decay_steps", "ema", "shuffle_episodes", "validation_share", "cameras")
+    given += ("pad_chunks",)
     facts = {name: getattr(args, name) for name in given}
     of_config = ("seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "bf16")
     facts |= {name: getattr(config, name) for name in of_config}
-    facts |= {"batch": batch, "norm_stats": model.norm_stats, "lengths": lengths}
+    facts |= {"policy": fields, "batch": batch, "norm_stats": model.norm_stats, "lengths": lengths}
     facts["hub"] = [place for place in (args.model, *args.data) if not Path(place).expanduser().exists()]
     checkpoint = check_resume(run, facts, args.resume)
     trainer = ActionTrainer(

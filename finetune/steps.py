@@ -114,6 +114,7 @@ class StepDataset:
         episodes: which episodes to use; None: all.
         cameras: which cameras, in the policy's order; None: the main one.
         chunk: T.
+        pad_chunks: whether steps count whose chunk runs past the end of the episode; otherwise the last T - 1 do not.
         keep_open: episodes held in memory, without decoded images.
     """
 
@@ -124,6 +125,7 @@ class StepDataset:
         episodes: list[int] | None = None,
         cameras: list[str] | None = None,
         chunk: int = 1,
+        pad_chunks: bool = True,
         keep_open: int = 32,
     ):
         self.reader = reader
@@ -132,7 +134,8 @@ class StepDataset:
             raise ValueError(f"{reader.name} has no cameras {unknown}; it has {reader.cameras}.")
         self.chunk = chunk
         self.episodes = list(range(len(lengths))) if episodes is None else list(episodes)
-        self.episode_lengths = [lengths[episode] for episode in self.episodes]
+        short = 0 if pad_chunks else chunk - 1
+        self.episode_lengths = [max(lengths[episode] - short, 0) for episode in self.episodes]
         self._ends = list(itertools.accumulate(self.episode_lengths))
         self._open: OrderedDict[int, Episode] = OrderedDict()
         self._keep_open = keep_open

@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from trl import SFTTrainer
 from openvla.action_tokenizer import name_action_dims
 from openvla.evaluate.offline import evaluate_actions
 from openvla.finetune.collator import ActionCollator
-from openvla.pretrained_openvla import module_name
+from openvla.pretrained_openvla import ADAPTER_CONFIG, module_name
 
 
 class ActionTrainer(SFTTrainer):
@@ -67,7 +68,10 @@ class ActionTrainer(SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the scored tokens alone. TRL 1.16 projects every position onto the vocabulary where there
-        is no Triton, which makes a step on a CPU several times slower."""
+        is no Triton, which makes a step on a CPU several times slower. Of continuous heads, their own loss."""
+        if "actions" in inputs:
+            outputs = model(**inputs, use_cache=False)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
         targets = inputs["labels"][:, 1:]
         kept = (targets != -100).any(dim=0).nonzero()[:, 0]
         targets = targets[:, kept]
@@ -98,7 +102,7 @@ class ActionTrainer(SFTTrainer):
 
     # --- What is told --------------------------------------------------------------------------------------------
     def evaluate(self, *args, **kwargs):
-        """Token accuracy and L1 on each set of `validation`; the best model so far is kept in `best`."""
+        """L1, and accuracy of tokens if there are any, on each set of `validation`; keeps the best model in `best`."""
         metrics = {}
         with self._averaged_weights(), self.compute_loss_context_manager():
             for name, (collator, indices) in self.validation.items():
@@ -129,7 +133,8 @@ class ActionTrainer(SFTTrainer):
         """What trackers can plot: `l1` over all dims, and per dim `l1/x` (normalised) and `l1_physical/x`."""
         dataset = collator.steps.reader.name
         dims = [name.rstrip("?") for name, _ in name_action_dims(self.model.config.norm_stats, dataset)]
-        scalars = {"token_accuracy": found["token_accuracy"], "l1": sum(found["l1_normalized"]) / len(dims)}
+        scalars = {"token_accuracy": found["token_accuracy"]} if "token_accuracy" in found else {}
+        scalars |= {"l1": sum(found["l1_normalized"]) / len(dims)}
         scalars |= {f"l1/{dim}": value for dim, value in zip(dims, found["l1_normalized"])}
         return scalars | {f"l1_physical/{dim}": value for dim, value in zip(dims, found["l1_physical"])}
 
@@ -291,7 +296,11 @@ def save_atomically(model, processor, folder: Path, state_dict: dict | None = No
 
 
 def _save_statistics(model, folder: Path) -> None:
-    """An adapter's folder has no config.json to hold them, and those of its base are not its own."""
+    """And of an adapter's policy all it declares: its base may have another head and other inputs."""
+    if (folder / "adapter_config.json").exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            model.config.save_pretrained(temporary)
+            shutil.copyfile(Path(temporary) / "config.json", folder / ADAPTER_CONFIG)
     (folder / "dataset_statistics.json").write_text(json.dumps(model.config.norm_stats, indent=2))
 
 
@@ -303,6 +312,8 @@ def plot_curves(history: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     panels = {"loss": "loss", "token accuracy": "token_accuracy", "L1, normalised": "l1"}
+    if not any(key.endswith("token_accuracy") for entry in history for key in entry):  # a continuous head
+        del panels["token accuracy"]
     figure, axes = pyplot.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.5))
     for axis, (title, suffix) in zip(axes, panels.items()):
         keys = {key: None for entry in history for key in entry if key.endswith(suffix) and key != "train_loss"}

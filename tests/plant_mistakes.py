@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # what -> (file, text, replacement)
 MISTAKES = {
-    "tanh GELU in the towers": ("modeling_openvla.py", "else F.gelu(x)", 'else F.gelu(x, approximate="tanh")'),
+    "tanh GELU in the towers": ("vision_towers.py", "else F.gelu(x)", 'else F.gelu(x, approximate="tanh")'),
     "rms_norm_eps 1e-5": ("configuration_openvla.py", '"rms_norm_eps": 1e-6', '"rms_norm_eps": 1e-5'),
     "LayerNorm eps 1e-5": ("configuration_openvla.py", "norm_eps: float = 1e-6", "norm_eps: float = 1e-5"),
     "bilinear resize": (
@@ -23,12 +23,12 @@ MISTAKES = {
         '"bicubic": Image.Resampling.BICUBIC',
         '"bicubic": Image.Resampling.BILINEAR',
     ),
-    "last block not skipped": ("modeling_openvla.py", "range(tower.depth - 1)", "range(tower.depth)"),
+    "last block not skipped": ("vision_towers.py", "range(tower.depth - 1)", "range(tower.depth)"),
     "tower statistics swapped": ("processing_openvla.py", "self._normalizations)", "self._normalizations[::-1])"),
     "SigLIP before DINOv2": (
-        "modeling_openvla.py",
-        "torch.cat([patches, self.fused_featurizer(images[:, 3:])], dim=2)",
-        "torch.cat([self.fused_featurizer(images[:, 3:]), patches], dim=2)",
+        "vision_towers.py",
+        "torch.cat([patches, self.fused_featurizer(images[:, 3:], language)], dim=2)",
+        "torch.cat([self.fused_featurizer(images[:, 3:], language), patches], dim=2)",
     ),
     "trailing token forgotten": ("modeling_openvla.py", "row.append(end_id)", "pass"),
     "1e-8 in unnormalize": (
@@ -42,11 +42,34 @@ MISTAKES = {
         "[0] * (length - len(row)) + [1]",
         "[1] * (length - len(row)) + [1]",
     ),
-    "prompt scored": (
+    "answer scored a place early": (
         "finetune/collator.py",
-        "labels[index, len(row) - answer :",
-        "labels[index, len(row) - answer - 1 :",
+        "labels[index, len(row) - len(answer) : len(row)]",
+        "labels[index, len(row) - len(answer) - 1 : len(row) - 1]",
     ),
+    "attention stays causal": ("modeling_openvla.py", "return key >= 0", "return key < 0"),
+    "images see the slots of a prefix": ("modeling_openvla.py", "one_pass = prefix and not past", "one_pass = False"),
+    "slots read where they are": (
+        "modeling_openvla.py",
+        "hidden_state[:, length - 1 : length - 1 + count]",
+        "hidden_state[:, length : length + count]",
+    ),
+    "slots trained where they are": ("modeling_openvla.py", "slots = F.pad(slots[:, 1:], (0, 1))", "pass"),
+    "slots not emptied": (
+        "modeling_openvla.py",
+        "inputs_embeds.masked_fill(slots.unsqueeze(-1), 0.0)",
+        "inputs_embeds",
+    ),
+    "padding in FiLM's mean": ("modeling_openvla.py", "is_text = is_text & attention_mask.bool()", "pass"),
+    "gamma without its one": ("vision_towers.py", "(1 + self.scale(language)", "(self.scale(language)"),
+    "noise not clipped": ("action_heads.py", "/ kept.sqrt()).clamp(-1.0, 1.0)", "/ kept.sqrt())"),
+    "time runs backwards": (
+        "action_heads.py",
+        "FLOW_TIME_SCALE * step / steps",
+        "FLOW_TIME_SCALE * (1 - step / steps)",
+    ),
+    "chunks past the end are scored": ("action_heads.py", "return errors[counted].mean()", "return errors.mean()"),
+    "chunks end anywhere": ("finetune/steps.py", "else chunk - 1", "else 0"),
     "wrong quantile": ("finetune/statistics.py", "np.quantile(values, 0.99", "np.quantile(values, 0.999"),
     "Bridge off by a step": ("finetune/oxe.py", "reached[1:] - reached[:-1]", "reached[:-1] - reached[1:]"),
     "gripper not inverted": ("finetune/oxe.py", "return 1.0 - gripper", "return gripper"),
@@ -66,8 +89,19 @@ MISTAKES = {
     "expert not in tokens": ("evaluate/baselines.py", "through_tokens(np.stack(actions), self.stats)", "actions"),
     "90 % for 95 %": ("evaluate/report.py", "1.959963984540054", "1.644853626951472"),
     "job of a dead process lost": ("evaluate/processes.py", "pending.appendleft(job)", "pass"),
+    "oldest chunk weighs least": ("serve/action_queue.py", "np.exp(-self.ensemble", "np.exp(self.ensemble"),
+    "gripper averaged": (
+        "serve/action_queue.py",
+        "action[self.averaged] = (weights @ predictions / weights.sum())[self.averaged]",
+        "action = weights @ predictions / weights.sum()",
+    ),
+    "one noise for a batch": ("serve/policy.py", "for seed in seeds]", "for seed in seeds[:1] * len(seeds)]"),
+    "chunks counted past the end": ("evaluate/offline.py", "[~step.is_pad for", "[step.is_pad | True for"),
+    "noise of evaluations by chance": ("evaluate/offline.py", "[(NOISE_SEED, index) for", "[None for"),
+    "what is no action is right": ("evaluate/offline.py", '& ~output["replaced"]', ""),
 }
 EVALUATING = ("envs", "envs_metaworld", "rollout", "demos", "report", "offline")
+SERVING = ("policy", "action_queue", "client")
 PUBLISHING = ("convert", "export", "hub_server", "upload", "model_card", "handler", "app", "drawing")
 
 
@@ -103,6 +137,8 @@ def main(words: list[str]) -> None:
                 command[-1:] = [f"tests/test_{name}.py" for name in PUBLISHING]
             elif file.startswith("evaluate/"):
                 command[-1:] = [f"tests/test_{name}.py" for name in EVALUATING]
+            elif file.startswith("serve/"):
+                command[-1:] = [f"tests/test_{name}.py" for name in SERVING]
             else:
                 slow = ("cli", "doctor", "hub_roundtrip", "train_end_to_end", *PUBLISHING)
                 command += [f"--ignore=tests/test_{name}.py" for name in slow]

@@ -362,3 +362,18 @@ def test_observations_that_do_not_fit_are_refused(oft_policy, observe, model, pr
 
 def cameras_of_black() -> list[Image.Image]:
     return [Image.new("RGB", (224, 224))] * 2
+
+
+@pytest.mark.parametrize(("dim", "parameters"), [(7, 151_117_831), (14, 268_644_366)])
+def test_sizes_on_openvla_7b_are_the_originals(dim, parameters):
+    from test_configuration_openvla import OPENVLA_7B
+
+    fields = {"attention": "bidirectional", "action_head": "l1", "action_chunk": 8, "action_dim": dim, "film": True}
+    with torch.device("meta"):
+        model = openvla.OpenVLAForActionPrediction(openvla.OpenVLAConfig(**OPENVLA_7B, **fields, proprio_dim=8))
+    assert sum(each.numel() for each in model.action_head.parameters()) == parameters
+    assert sum(each.numel() for each in model.model.proprio_projector.parameters()) == 16_818_176
+    film = {name: each for name, each in model.named_parameters() if name.split(".")[-2] in ("scale", "shift")}
+    # of the original's 456 M those of the blocks that run: 23 of 1024 and 26 of 1152 channels
+    assert sum(each.numel() for each in film.values()) == 2 * (4096 + 1) * (23 * 1024 + 26 * 1152) == 438_411_776
+    assert model.action_head.model.fc1.weight.shape == (4096, 4096 * dim)
