@@ -22,6 +22,8 @@ SIZES = {"tiny": (64, 3, 2, 128, 352, 3, 2), "mid": (384, 12, 6, 1024, 2816, 16,
 
 def random_policy(size: str):
     """A policy of random weights with the released structure (two towers, 256 patches, Llama with 32,064 tokens)."""
+    import torch
+
     from openvla.configuration_openvla import OpenVLAConfig
     from openvla.modeling_openvla import OpenVLAForActionPrediction
 
@@ -39,7 +41,11 @@ def random_policy(size: str):
         text_config=text,
         action_dim=7,
     )
-    return OpenVLAForActionPrediction(config).eval()
+    model = OpenVLAForActionPrediction(config).eval()
+    with torch.no_grad():  # random weights would pick any token; ours must be actions, as those of a policy are
+        model.lm_head.weight[: model.action_tokenizer.vocab_start] *= 0.1
+        model.lm_head.weight[model.action_tokenizer.vocab_end :] *= 0.1
+    return model
 
 
 def measure_pairs(first, second, repeats: int, synchronize) -> list[tuple[float, float]]:
@@ -87,10 +93,6 @@ def main(argv: list[str]) -> None:
         model = OpenVLAForActionPrediction.from_pretrained(args.model, dtype=dtype).eval()
     else:
         model = random_policy(args.size).to(dtype)
-        # Random weights would pick any token; ours must be actions for both ways to do the same work.
-        with torch.no_grad():
-            model.lm_head.weight[: model.action_tokenizer.vocab_start] *= 0.1
-            model.lm_head.weight[model.action_tokenizer.vocab_end :] *= 0.1
     model = model.to(device)
 
     # 1. One observation: an instruction of usual length, and noise
