@@ -2,6 +2,8 @@
 
 openvla export runs/cup exported/cup --image frame.png --instruction "pick up the cup" --repo-id lab/openvla-cup
 openvla export runs/cup/adapter exported/cup --base openvla/openvla-7b --data my_robot --evaluation results.json
+openvla export runs/oft exported/oft --image front.png wrist.png --proprio 0.1 0.2 0.3 0 0 0 0.04 -0.04 \
+    --instruction "pick up the cup"
 openvla export converted/openvla-7b exported/openvla-7b --max-shard-size 2
 
 The folder holds the weights in the original's layout, an adapter merged into them, the code that `trust_remote_code`
@@ -18,6 +20,7 @@ from pathlib import Path
 from openvla.cli import command_parser
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
+PARTS = ("action_head", "proprio_projector", "noisy_action_projector")
 # For Inference Endpoints, whose toolkit (huggingface-inference-toolkit 0.5.6) cannot be imported with transformers 5.
 REQUIREMENTS = "transformers>=4.57.6,<5\naccelerate>=1.1\nsafetensors\nnumpy\npillow\n"
 
@@ -41,6 +44,13 @@ class Source:
     run: Path | None
     base_model: str | None
     statistics: Path | None = None
+
+    @property
+    def config(self) -> Path:
+        """Folder whose config.json describes the policy: that of an adapter, which may have a head of its own, if it
+        brings one."""
+        has_own = self.adapter is not None and (self.adapter / "config.json").exists()
+        return self.adapter if has_own else self.weights
 
     def __str__(self) -> str:
         return f"{self.adapter}, merged into {self.weights}" if self.adapter else str(self.weights)
@@ -104,12 +114,14 @@ def write_policy(
     max_shard_size: int = 5 * 10**9,
     center_crop_area: float | None = None,
 ) -> dict:
-    """Weights, code and everything a policy acts with. Returns {"dtype", "same_weights"}.
+    """Weights, code and everything a policy acts with. Returns {"dtype", "same_weights", "new_parts",
+    "center_crop_area"}, where "new_parts" says whether the adapter brings parts that its base does not have.
 
     What no policy ever reads is written as well, as the source has it or as zeros: other implementations insist.
 
     Args:
-        dtype: of the written weights; None: as they are. An adapter is merged in this precision.
+        dtype: of the written weights; None: as they are, or for heads and projectors beside them, which training may
+            keep in float32, as the rest. An adapter is merged in this precision.
         center_crop_area: for policies trained with random crops whose processor does not say so.
     """
     import torch
@@ -128,37 +140,45 @@ def write_policy(
     from openvla.processing_openvla import OpenVLAProcessor
 
     # 1. What there is
-    config = OpenVLAConfig.from_pretrained(source.weights)
+    config = OpenVLAConfig.from_pretrained(source.config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{source.weights} is quantised: export the checkpoint it was made from.")
     weights, model = SafetensorsFolder(source.weights), skeleton(config)
     released = {new: old for old, new in released_names(model, weights.infos).items()}
     found = {new: weights.infos[old] for new, old in released.items()}
-    unused = check_weights(model, found, source.weights)
-    dtypes = {info.dtype for name, info in found.items() if name not in unused}
+    adapter = None
+    if source.adapter is not None:
+        from openvla.hub_upload.merge import Adapter
+
+        adapter = Adapter(source.adapter, model)
+        whole = released_names(model, adapter.replaced)
+        found |= {new: adapter.source.infos[adapter.replaced[old]] for old, new in whole.items() if new not in found}
+    unused = check_weights(model, found, source)
+    read_dtypes = {name: info.dtype for name, info in found.items() if name not in unused}
+    dtypes = {each for name, each in read_dtypes.items() if name.partition(".")[0] not in PARTS and name in released}
     if dtype is None and len(dtypes) != 1:
         raise ValueError(f"{source.weights} mixes {sorted(map(str, dtypes))}: choose one with --dtype.")
     config.dtype = getattr(torch, dtype) if dtype else dtypes.copy().pop()
     shapes = {name: info.shape for name, info in found.items()}
     shapes |= {name: shape for name, shape in never_read(config, shapes).items() if name not in found}
     infos = {name: TensorInfo(config.dtype, shape) for name, shape in shapes.items()}
-    adapter = None
-    if source.adapter is not None:
-        from openvla.hub_upload.merge import Adapter
-
-        adapter = Adapter(source.adapter, model)
 
     # 2. One tensor after the other
     def read(name: str) -> torch.Tensor:
         if name not in found:  # vLLM demands them, too; any number will do
             return torch.zeros(shapes[name])
-        tensor = weights.read(released[name]).to(config.dtype)
+        if name in released:
+            tensor = weights.read(released[name]).to(config.dtype)
+        else:  # whatever was there, the adapter replaces it
+            tensor = torch.zeros(shapes[name], dtype=config.dtype)
         return tensor if adapter is None else adapter.merge(module_name(name), tensor)
 
     write_shards(folder, infos, read, max_shard_size)
 
     # 3. The rest
     processor = OpenVLAProcessor.from_pretrained(source.processor)
+    processor.num_cameras = config.num_cameras
+    processor.num_state_tokens = config.num_placeholders - config.num_image_tokens
     if center_crop_area is not None:
         processor.image_processor.center_crop_area = center_crop_area
     write_companions(folder, config, processor, statistics)
@@ -168,24 +188,33 @@ def write_policy(
     merged = 0 if adapter is None else len(adapter.layers) + len(adapter.replaced)
     return {
         "dtype": str(config.dtype).removeprefix("torch."),
-        "same_weights": not merged and dtypes == {config.dtype},
+        "same_weights": not merged and set(read_dtypes.values()) == {config.dtype},
+        "new_parts": not set(found) <= set(released),
         "center_crop_area": processor.image_processor.center_crop_area,
     }
 
 
-def scenes(unnorm_key: str, num_cameras: int, count: int) -> list:
-    """Made-up observations, to try a policy on when nobody names a real one."""
+def scenes(config, statistics: dict, count: int) -> list:
+    """Made-up observations, to try a policy on when nobody names a real one. States lie within the statistics."""
     import numpy as np
 
+    from openvla.action_tokenizer import ActionStats
     from openvla.evaluate.doctor import INSTRUCTIONS
     from openvla.hub_upload.proof import Observation
 
-    made = []
+    sizes = {key: len(next(iter(entry.get("proprio", {}).values()), ())) for key, entry in statistics.items()}
+    fitting = [key for key in sorted(statistics) if config.proprio_dim in (0, sizes[key])]
+    if not fitting:
+        raise ValueError(f"The policy takes {config.proprio_dim} numbers of state, its statistics have {sizes}.")
+    made, unnorm_key, state = [], fitting[0], None
     for number in range(count):
         rng = np.random.default_rng(number)
-        coarse = rng.integers(0, 256, (num_cameras, 8, 8, 3), dtype=np.uint8)
+        coarse = rng.integers(0, 256, (config.num_cameras, 8, 8, 3), dtype=np.uint8)
         images = [image.repeat(32, axis=0).repeat(32, axis=1) for image in coarse]
-        made.append(Observation(images, INSTRUCTIONS[number % len(INSTRUCTIONS)], unnorm_key))
+        if config.proprio_dim:
+            stats = ActionStats.from_norm_stats(statistics, unnorm_key, config.action_normalization, "proprio")
+            state = rng.uniform(stats.low, stats.high)
+        made.append(Observation(images, INSTRUCTIONS[number % len(INSTRUCTIONS)], unnorm_key, state))
     return made
 
 
@@ -195,11 +224,13 @@ def steps_of(
     unnorm_key: str | None,
     num_cameras: int,
     cameras: list[str] | None = None,
+    with_state: bool = False,
     count: int = 2,
 ) -> list:
     """A step of each of a dataset's first episodes, a third of the way in, where most arms are under way.
 
     Args:
+        with_state: with the robot's state, for policies that take it.
         cameras: those the policy was trained on, in its order; None: the dataset's first ones.
     """
     from openvla.finetune.readers import open_reader
@@ -211,7 +242,10 @@ def steps_of(
         episode = reader.read(index)
         time = len(episode) // 3
         images = [episode.image(camera, time) for camera in cameras or reader.cameras[:num_cameras]]
-        chosen.append(Observation(images, episode.instructions[time], unnorm_key or reader.name))
+        if with_state and episode.proprio is None:
+            raise ValueError(f"{episode.source} has no proprio, which the policy takes.")
+        state = episode.proprio[time] if with_state else None
+        chosen.append(Observation(images, episode.instructions[time], unnorm_key or reader.name, state))
     return chosen
 
 
@@ -251,12 +285,17 @@ def export(
             f"{source.weights} holds a policy as OpenVLA-OFT's training leaves it: make one folder of its parts with "
             "`openvla convert` first."
         )
-    config = OpenVLAConfig.from_pretrained(source.weights)
+    config = OpenVLAConfig.from_pretrained(source.config)
     statistics = statistics_of(source, config)
     for example in examples:
         example.unnorm_key = resolve_unnorm_key(statistics, example.unnorm_key)
         if len(example.images) != config.num_cameras:
             raise ValueError(f"The policy takes {config.num_cameras} image(s), the example has {len(example.images)}.")
+        if (given := 0 if example.proprio is None else len(example.proprio)) != config.proprio_dim:
+            raise ValueError(
+                f"The policy takes {config.proprio_dim or 'no'} numbers of the robot's state, the example has "
+                f"{given or 'none'}: see --proprio."
+            )
 
     # 2. Write, try, describe
     sources = {source.weights, source.processor, source.adapter or source.weights}
@@ -264,9 +303,11 @@ def export(
         written = write_policy(source, folder, statistics, dtype, max_shard_size, center_crop_area)
         record, actions = {}, []
         if proof:
-            made = scenes(sorted(statistics)[0], config.num_cameras, 1 if examples else 2)
+            made = scenes(config, statistics, 1 if examples else 2)
             told = {
                 "folder": str(source.weights.absolute()),
+                "config": str(source.config.absolute()),
+                "new_parts": written["new_parts"],
                 "adapter": source.adapter and str(source.adapter.absolute()),
                 "processor": str(source.processor.absolute()),
                 "norm_stats": statistics,
@@ -307,6 +348,9 @@ def main(argv: list[str]) -> None:
     card = parser.add_argument_group("what the model card shows")
     card.add_argument("--image", nargs="+", metavar="FILE", help="an example, one file per camera: will be public")
     card.add_argument("--instruction", help="what the robot is told in the example")
+    card.add_argument(
+        "--proprio", type=float, nargs="+", metavar="NUMBER", help="the robot's state in the example, if it is taken"
+    )
     card.add_argument("--unnorm-key", metavar="KEY", help="the example's dataset; may be left out if there is one")
     card.add_argument("--data", metavar="DATASET", help="take two examples from this dataset instead: will be public")
     card.add_argument("--name", help="the dataset's name, if not its folder's")
@@ -322,6 +366,8 @@ def main(argv: list[str]) -> None:
         parser.error("--image and --instruction belong together")
     if args.image and args.data:
         parser.error("examples come from --image or from --data, not from both")
+    if args.proprio and not args.image:
+        parser.error("--proprio belongs to --image; --data brings its own")
 
     import numpy as np
 
@@ -333,13 +379,14 @@ def main(argv: list[str]) -> None:
     source, out = find_source(args.source, args.base, args.revision), Path(args.out).expanduser()
     source.statistics = args.statistics
     training, history = read_run(source.run) if source.run else ({}, [])
-    cameras = OpenVLAConfig.from_pretrained(source.weights).num_cameras
+    config = OpenVLAConfig.from_pretrained(source.config)
     examples = []
     if args.image:
         images = [np.asarray(to_pil(image)) for image in args.image]
-        examples = [Observation(images, args.instruction, args.unnorm_key)]
+        examples = [Observation(images, args.instruction, args.unnorm_key, args.proprio)]
     elif args.data:
-        examples = steps_of(args.data, args.name, args.unnorm_key, cameras, training.get("cameras"))
+        options = (config.num_cameras, training.get("cameras"), bool(config.proprio_dim))
+        examples = steps_of(args.data, args.name, args.unnorm_key, *options)
     facts = CardFacts(
         repo_id=args.repo_id,
         base_model=args.base_model,
@@ -358,9 +405,13 @@ def main(argv: list[str]) -> None:
     if not examples:
         print("The card shows no example: --image and --instruction, or --data, would put one on it.")
     if record:
+        same = f"actions within {record['action_difference']:.2g}, and in one pass its head"
+        if "tokens_equal" in record:
+            same = f"{record['tokens_equal']} tokens equal, logits"
+        worst = record.get("logits_difference", record.get("head_difference"))
         print(
             f"A fresh process without this package acted on {record['observations']} observations as the source does: "
-            f"{record['tokens_equal']} tokens equal, logits within {record['logits_difference']:.2g} of their range."
+            f"{same} within {worst:.2g} of {'their' if 'tokens_equal' in record else 'its'} range."
         )
         print(f"{out} is ready: openvla upload {args.repo_id or 'NAME/MODEL'} {out}")
     else:

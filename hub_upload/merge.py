@@ -72,8 +72,8 @@ class Adapter:
 
     def _missing(self, modules: set[str], parameters: set[str]) -> list[str]:
         """Modules that the adapter's configuration names and its file lacks."""
-        whole = {f".{name}" for name in self.config.modules_to_save or ()}
-        wanted = {name for name in parameters if f".{name}".rpartition(".")[0].endswith(tuple(whole) or "/")}
+        whole = [f".{name}." for name in self.config.modules_to_save or ()]
+        wanted = {name for name in parameters if any(each in f".{name}" for each in whole)}
         missing = sorted(wanted - set(self.replaced))
         if self.config.target_modules != "all-linear":
             # peft answers with a match object or True

@@ -13,20 +13,23 @@ from urllib.parse import quote
 import numpy as np
 
 PROOF = ".proof.json"  # stays on this machine
-# Largest difference of logits, as a share of their range: none but for the rounding of converted weights.
+# Largest difference of what the head says, as a share of its range: none but for the rounding of converted weights.
 TOLERANCE = {"same weights": 1e-5, "torch.float32": 1e-3, "torch.float16": 2e-2, "torch.bfloat16": 5e-2}
 # How close two tokens must be for the source, as a share of the range, for the other one to be taken after rounding.
 CLOSE = {"torch.float32": 1e-4, "torch.float16": 2e-2, "torch.bfloat16": 2e-2}
 SHARE_OF_ADAPTER = 0.1  # largest difference as a share of what the adapter itself changes
+ACTION_RANGE = 2.0  # of continuous heads: actions lie in [-1, 1]
 
 
 @dataclass
 class Observation:
-    """What a policy is tried on. `images`: `(H, W, 3)` uint8 RGB, one per camera."""
+    """What a policy is tried on. `images`: `(H, W, 3)` uint8 RGB, one per camera; `proprio`: `(P,)`, in the units of
+    the dataset, for policies that take it."""
 
     images: list[np.ndarray]
     instruction: str
     unnorm_key: str
+    proprio: np.ndarray | None = None
 
 
 class ProofError(RuntimeError):
@@ -37,8 +40,8 @@ def prove(folder: Path, source: dict, observations: list[Observation], same_weig
     """Loads the source with this package and `folder` without it, each in a fresh process, and compares.
 
     Args:
-        source: for `trial.load_as_the_package`: {"folder", "adapter", "processor", "norm_stats", "dtype",
-            "center_crop_area"}.
+        source: for `trial.load_as_the_package`: {"folder", "config", "adapter", "new_parts", "processor",
+            "norm_stats", "dtype", "center_crop_area"}.
         same_weights: nothing was merged or converted, so tokens and actions must be the same.
 
     Returns (record of what was compared, the action of each observation in physical units). Raises ProofError.
@@ -49,12 +52,13 @@ def prove(folder: Path, source: dict, observations: list[Observation], same_weig
             files = [f"{scratch}/{number}.{camera}.npy" for camera in range(len(observation.images))]
             for file, image in zip(files, observation.images):
                 np.save(file, image)
-            told.append(
-                {"images": files, "instruction": observation.instruction, "unnorm_key": observation.unnorm_key}
-            )
+            state = None if observation.proprio is None else np.asarray(observation.proprio, dtype=np.float64).tolist()
+            told.append({"images": files, "instruction": observation.instruction, "proprio": state})
+            told[-1]["unnorm_key"] = observation.unnorm_key
         before = _try({**source, "as_the_package": True}, told, scratch)
         for number, observation in enumerate(told):
-            observation["tokens"] = before[f"tokens.{number}"].tolist()
+            if f"tokens.{number}" in before:
+                observation["tokens"] = before[f"tokens.{number}"].tolist()
         after = _try({"folder": str(folder), "as_the_package": False}, told, scratch)
     record = compare(before, after, len(told), same_weights)
     return record, [after[f"action.{number}"] for number in range(len(told))]
@@ -63,40 +67,41 @@ def prove(folder: Path, source: dict, observations: list[Observation], same_weig
 def compare(before: dict, after: dict, count: int, same_weights: bool) -> dict:
     """The record of two trials of the same `count` observations, of the source and of the exported folder.
 
-    Raises ProofError if statistics differ; if logits differ by more than rounding explains, or by more than a tenth
-    of what an adapter changes; if another token is chosen where the source did not see the two close together; or if
-    one of the images makes no difference.
+    Raises ProofError if statistics differ; if logits, or what a continuous head says, differ by more than rounding
+    explains, or by more than a tenth of what an adapter changes; if another token is chosen where the source did not
+    see the two close together; or if one of the images, or the robot's state, makes no difference.
     """
     if json.loads(str(before["norm_stats"])) != json.loads(str(after["norm_stats"])):
         raise ProofError("The exported policy's statistics are not its source's.")
     start, end = before["actions"]
     dtype, worst, share, equal, tokens, actions = str(after["dtype"]), 0.0, 0.0, 0, 0, 0.0
+    has_tokens = "tokens.0" in before
     for number in range(count):
-        logits, found = before[f"logits.{number}"], after[f"logits.{number}"]
-        if any(not np.isfinite(values).all() for values in (logits, found)):
-            raise ProofError("The logits are not finite.")
-        difference = np.abs(found - logits)
-        worst = max(worst, float(difference.max() / np.ptp(logits)))
+        said, found = before[f"said.{number}"], after[f"said.{number}"]
+        if any(not np.isfinite(values).all() for values in (said, found)):
+            raise ProofError(f"What the {'language model' if has_tokens else 'action head'} says is not finite.")
+        difference, reach = np.abs(found - said), np.ptp(said) if has_tokens else ACTION_RANGE
+        worst = max(worst, float(difference.max() / reach))
         if f"plain.{number}" in before:
-            effect = np.abs(logits - before[f"plain.{number}"]).max()
+            effect = np.abs(said - before[f"plain.{number}"]).max()
             share = max(share, float(difference.max() / effect) if effect > 0 else np.inf)
-
-        chosen, other = (values[:, start:end].argmax(axis=1) + start for values in (logits, found))
-        rows = np.arange(len(logits))
-        if (logits[rows, chosen] - logits[rows, other] > CLOSE[dtype] * np.ptp(logits)).any():
-            raise ProofError("The exported policy chooses other tokens than its source.")
-        tokens += len(chosen)
-        equal += int((chosen == other).sum())
+        if has_tokens:
+            chosen, other = (values[:, start:end].argmax(axis=1) + start for values in (said, found))
+            rows = np.arange(len(said))
+            if (said[rows, chosen] - said[rows, other] > CLOSE[dtype] * reach).any():
+                raise ProofError("The exported policy chooses other tokens than its source.")
+            tokens += len(chosen)
+            equal += int((chosen == other).sum())
         actions = max(actions, float(np.abs(before[f"action.{number}"] - after[f"action.{number}"]).max()))
-        blind = [name for name in after if name.startswith(f"blind.{number}.")]
-        for name in blind:
-            if np.array_equal(after[name][0], found[0]):
-                raise ProofError(f"Image {name.rpartition('.')[2]} makes no difference to what the policy does.")
+        for name in (name for name in after if name.startswith(f"blind.{number}.")):
+            if np.array_equal(after[name], found[: len(after[name])]):
+                what = name.rpartition(".")[2].capitalize()
+                raise ProofError(f"{what} makes no difference to what the policy does.")
     allowed = TOLERANCE["same weights" if same_weights else dtype]
     if worst > allowed:
         raise ProofError(
-            f"The exported policy's logits differ from the source's by {worst:.2g} of their range; {allowed:.2g} is "
-            "what rounding may do."
+            f"What the exported policy's head says differs from the source's by {worst:.2g} of its range; "
+            f"{allowed:.2g} is what rounding may do."
         )
     if share > SHARE_OF_ADAPTER:
         raise ProofError(
@@ -104,9 +109,13 @@ def compare(before: dict, after: dict, count: int, same_weights: bool) -> dict:
             "changes at all: rounding swallows what was learned. Export it with --dtype float32."
         )
     if same_weights and (equal < tokens or actions > 0):
-        raise ProofError(f"Only {equal} of {tokens} action tokens are the source's; largest difference {actions}.")
-    record = {"observations": count, "dtype": dtype, "same_weights": same_weights, "logits_difference": worst}
-    record |= {"tokens_equal": f"{equal} of {tokens}", "action_difference": actions}
+        told = f"Only {equal} of {tokens} action tokens are" if has_tokens else "The actions are not"
+        raise ProofError(f"{told} the source's; largest difference {actions}.")
+    record = {"observations": count, "dtype": dtype, "same_weights": same_weights, "action_difference": actions}
+    if has_tokens:
+        record |= {"tokens_equal": f"{equal} of {tokens}", "logits_difference": worst}
+    else:
+        record |= {"head_difference": worst}
     return record | ({"share_of_adapter": share} if "plain.0" in before else {})
 
 

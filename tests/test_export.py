@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import openvla
 from openvla.finetune.sft import lora_config
-from openvla.hub_upload import export
+from openvla.hub_upload import convert, export
 from openvla.hub_upload.layout import (
     HUB_FILES,
     is_unused,
@@ -334,31 +334,36 @@ def trial(adapter: bool = False, **changes) -> dict:
     rng = np.random.default_rng(0)
     logits = rng.uniform(-1, 1, (2, 100))
     logits[:, 90], logits[:, 91] = 0.0, 1.0
-    found = {"logits.0": logits, "blind.0.0": logits[:1] + 1, "tokens.0": np.array([91, 91]), "action.0": np.ones(2)}
+    found = {
+        "said.0": logits,
+        "blind.0.image 0": logits[:1] + 1,
+        "tokens.0": np.array([91, 91]),
+        "action.0": np.ones(2),
+    }
     found |= {"actions": np.array([90, 92]), "dtype": np.array("torch.bfloat16"), "norm_stats": np.array('{"a": 1}')}
     return {**found, **({"plain.0": logits - 1} if adapter else {}), **changes}
 
 
 def moved(by: float, where=np.s_[:]) -> dict:
-    logits = trial()["logits.0"].copy()
+    logits = trial()["said.0"].copy()
     logits[where] += by
-    return trial(**{"logits.0": logits})
+    return trial(**{"said.0": logits})
 
 
 @pytest.mark.parametrize(
     "before, after, same_weights, message",
     [
-        (trial(), moved(0.001), True, "differ from the source's by .* of their range; 1e-05"),
+        (trial(), moved(0.001), True, "differs from the source's by .* of its range; 1e-05"),
         (trial(), moved(0.3), False, "; 0.05 is what rounding may do"),
         (trial(), moved(np.nan, np.s_[1, 7]), False, "not finite"),
         (trial(), moved(1.1, np.s_[1, 90]), False, "chooses other tokens"),
         (trial(adapter=True), moved(0.09, np.s_[0, 3]), False, None),
-        (trial(adapter=True, **{"plain.0": trial()["logits.0"] - 0.2}), moved(0.09), False, "rounding swallows"),
-        (trial(adapter=True, **{"plain.0": trial()["logits.0"]}), moved(0.0), False, "rounding swallows"),
+        (trial(adapter=True, **{"plain.0": trial()["said.0"] - 0.2}), moved(0.09), False, "rounding swallows"),
+        (trial(adapter=True, **{"plain.0": trial()["said.0"]}), moved(0.0), False, "rounding swallows"),
         (trial(), trial(norm_stats=np.array('{"a": 2}')), True, "statistics are not its source's"),
         (trial(), trial(**{"action.0": np.array([1.0, 1.1])}), True, "Only 2 of 2 .* difference 0.1"),
-        (trial(), trial(**{"blind.0.0": trial()["logits.0"][:1]}), True, "Image 0 makes no difference"),
-        (trial(), trial(**{"blind.0.1": trial()["logits.0"][:1]}), True, "Image 1 makes no difference"),
+        (trial(), trial(**{"blind.0.image 0": trial()["said.0"][:1]}), True, "Image 0 makes no difference"),
+        (trial(), trial(**{"blind.0.image 1": trial()["said.0"][:1]}), True, "Image 1 makes no difference"),
         (trial(), trial(), True, None),
     ],
 )
@@ -371,17 +376,47 @@ def test_what_counts_as_the_same(before, after, same_weights, message):
 
 
 def test_another_token_is_a_failure_only_where_the_source_was_sure():
-    near = trial()["logits.0"].copy()
+    near = trial()["said.0"].copy()
     near[0, 90] = 0.995
-    before = trial(**{"logits.0": near})
-    after = trial(**{"logits.0": near + np.where(np.arange(100) == 90, 0.01, 0.0)})
+    before = trial(**{"said.0": near})
+    after = trial(**{"said.0": near + np.where(np.arange(100) == 90, 0.01, 0.0)})
     assert compare(before, after, 1, same_weights=False)["tokens_equal"] == "1 of 2"
     wide = np.where(np.arange(100) == 3, 100.0, near)  # a range in which the change of a token is a small share
     wide[:, 91] = 5.0
     swapped = wide.copy()
     swapped[1, [90, 91]] = 3.0, 2.0
     with pytest.raises(ProofError, match="chooses other tokens"):
-        compare(trial(**{"logits.0": wide}), trial(**{"logits.0": swapped}), 1, same_weights=False)
+        compare(trial(**{"said.0": wide}), trial(**{"said.0": swapped}), 1, same_weights=False)
+
+
+def continuous(said=0.0, action=0.0, state=0.1, **more) -> dict:
+    """A chunk of two steps of a head whose actions are -0.5, 0.5."""
+    head = np.array([[-0.5], [0.5]])
+    found = {"said.0": head + said, "blind.0.image 0": head + 0.1, "blind.0.state": head + state}
+    found |= {"action.0": np.ones(2) + action, "dtype": np.array("torch.bfloat16"), "norm_stats": np.array("{}")}
+    return found | {"actions": np.array([90, 92]), **more}
+
+
+@pytest.mark.parametrize(
+    "before, after, same_weights, message",
+    [
+        (continuous(), continuous(), True, None),
+        (continuous(), continuous(said=0.09, action=0.2), False, None),  # of [-1, 1], not of what happens to be said
+        (continuous(), continuous(said=0.11), False, "head says differs from the source's by 0.055 of its range"),
+        (continuous(), continuous(said=1e-4), True, "by 5e-05 of its range; 1e-05"),
+        (continuous(), continuous(action=1e-9), True, "The actions are not the source's; largest difference 1"),
+        (continuous(), continuous(said=np.nan), False, "action head says is not finite"),
+        (continuous(), continuous(state=0.0), True, "State makes no difference"),
+        (continuous(**{"plain.0": np.zeros((2, 1))}), continuous(said=0.06), False, "rounding swallows"),
+    ],
+)
+def test_what_counts_as_the_same_of_continuous_heads(before, after, same_weights, message):
+    if message is None:
+        record = compare(before, after, 1, same_weights)
+        assert "tokens_equal" not in record and record["head_difference"] == np.abs(after["said.0"][0] + 0.5) / 2
+        return
+    with pytest.raises(ProofError, match=message):
+        compare(before, after, 1, same_weights)
 
 
 def test_half_an_adapter_is_not_merged(run, tmp_path):
@@ -415,13 +450,14 @@ def test_a_wrong_merge_is_not_proven(run, tmp_path, monkeypatch):
 def test_a_folder_that_does_not_act_is_not_proven(checkpoint, exported, tmp_path):
     shutil.copytree(exported, tmp_path / "broken")
     code = (tmp_path / "broken" / "modeling_openvla.py").read_text()
-    broken = code.replace("import copy\n", "import copy\nimport openvla\n", 1)
+    broken = code.replace("import logging\n", "import logging\nimport openvla\n", 1)
+    assert broken != code
     (tmp_path / "broken" / "modeling_openvla.py").write_text(broken)
-    request = {"folder": str(checkpoint), "adapter": None, "processor": str(checkpoint), "dtype": "bfloat16"}
-    request["center_crop_area"] = None
+    request = dict.fromkeys(("folder", "config", "processor"), str(checkpoint))
+    request |= {"adapter": None, "new_parts": False, "dtype": "bfloat16", "center_crop_area": None}
     request["norm_stats"] = json.loads((checkpoint / "dataset_statistics.json").read_text())
     observation = Observation([np.zeros((8, 8, 3), np.uint8)], "push", "bridge_orig")
-    with pytest.raises(ProofError, match="(?s)loaded without this package, does not act:.*openvla"):
+    with pytest.raises(ProofError, match="(?s)loaded without this package, does not act:.*import of openvla halted"):
         prove(tmp_path / "broken", request, [observation], same_weights=True)
 
 
@@ -433,6 +469,142 @@ def test_a_failed_proof_leaves_no_folder(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ProofError):
         export.main([str(checkpoint), str(tmp_path / "out")])
     assert list(tmp_path.iterdir()) == []
+
+
+# --- Policies that decode in parallel ---
+STATE = [0.1, -0.2, 0.3, 0.0, 0.1, 0.2, 0.5, 0.5]
+
+
+@pytest.fixture(scope="module")
+def converted(oft_folder, tmp_path_factory):
+    """`converted(**kind)`: a policy of OpenVLA-OFT in one folder."""
+    folders = {}
+
+    def folder(**kind):
+        name = str(kind)
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("converted") / "policy"
+            convert.main([str(oft_folder(**kind)), str(folders[name]), "--chunk", "8", "--cameras", "2"])
+        return folders[name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def frames(images, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("frames")
+    for name, image in zip(("front", "wrist"), images):
+        image.convert("RGB").save(folder / f"{name}.png")
+    return [str(folder / "front.png"), str(folder / "wrist.png")]
+
+
+def state_of(kind: dict) -> list[str]:
+    return ["--proprio", *map(str, STATE)] if kind.get("proprio", True) else []
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"film": True},
+        pytest.param({"head": "diffusion"}, marks=pytest.mark.slow),
+        pytest.param({"head": "token", "proprio": False}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_policy_with_all_its_parts(kind, converted, frames, tmp_path, capsys):
+    source, out = converted(**kind), tmp_path / "out"
+    words = ["--image", *frames, "--instruction", "Pick up the cup", "--unnorm-key", "toy_robot", *state_of(kind)]
+    export.main([str(source), str(out), "--repo-id", "lab/arm", *words])
+    record = check_proof(out)
+    assert record["dtype"] == "torch.bfloat16" and record["action_difference"] == 0.0 and record["observations"] == 2
+    if kind.get("head") == "token":
+        assert record["tokens_equal"] == "112 of 112"
+    else:
+        assert record["head_difference"] == 0.0 and "actions within 0, and in one pass" in capsys.readouterr().out
+    before, after = weights(source), weights(out)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert all(torch.equal(after[name], tensor.bfloat16()) for name, tensor in before.items())
+
+    model, processor = openvla.load(out, dtype=torch.bfloat16)
+    inputs = processor(processor.build_prompt("Pick up the cup"), frames, STATE if model.config.proprio_dim else None)
+    noise = torch.randn((1, 8, 7), generator=torch.Generator().manual_seed(0))  # as the proof draws it
+    actions = model.predict_action(**inputs, unnorm_key="toy_robot", noise=noise)
+    card = (out / "README.md").read_text()
+    assert f"| {actions[0, 0]:.4f} | {actions[1, 0]:.4f} |" in card
+
+
+def test_examples_need_what_the_policy_takes(converted, frames, tmp_path):
+    words = ["--instruction", "go", "--unnorm-key", "toy_robot", "--no-proof"]
+    with pytest.raises(ValueError, match=r"takes 8 numbers of the robot's state, the example has none: see --proprio"):
+        export.main([str(converted()), str(tmp_path / "out"), "--image", *frames, *words])
+    with pytest.raises(ValueError, match=r"takes 8 numbers of the robot's state, the example has 2"):
+        options = ["--image", *frames, *words, "--proprio", "0", "1"]
+        export.main([str(converted()), str(tmp_path / "out"), *options])
+    with pytest.raises(ValueError, match=r"takes 2 image\(s\), the example has 1"):
+        export.main([str(converted()), str(tmp_path / "out"), "--image", frames[0], *words, *state_of({})])
+    with pytest.raises(SystemExit):
+        export.main([str(converted()), str(tmp_path / "out"), *state_of({})])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def new_parts(checkpoint, oft_folder, tmp_path_factory):
+    """An adapter that gives a plain OpenVLA a head, a second camera, a state and FiLM, as fine-tuning leaves it."""
+    folder = tmp_path_factory.mktemp("new_parts") / "adapter"
+    torch.manual_seed(0)
+    fields = {"attention": "prefix", "action_head": "flow", "action_chunk": 3, "action_dim": 7, "num_cameras": 2}
+    config = openvla.OpenVLAConfig.from_pretrained(checkpoint, proprio_dim=8, film=True, **fields)
+    statistics = json.loads((oft_folder() / "dataset_statistics.json").read_text())["toy_robot"]
+    config.norm_stats = {"cup": statistics}
+    options = {"config": config, "dtype": torch.bfloat16, "output_loading_info": True}
+    model, _ = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, **options)
+    model.norm_stats = config.norm_stats
+    whole = ["action_head", "proprio_projector", "noisy_action_projector", "scale", "shift"]
+    targets = ["q_proj", "down_proj", "qkv"]
+    config_of_lora = peft.LoraConfig(r=4, lora_alpha=32, target_modules=targets, modules_to_save=whole)
+    adapted = adapt(model, config_of_lora)
+    adapted.save_pretrained(folder)
+    config.save_pretrained(folder)
+    processor = openvla.OpenVLAProcessor.from_pretrained(checkpoint, num_cameras=2)
+    processor.num_state_tokens = 1
+    processor.save_pretrained(folder)
+    (folder / "dataset_statistics.json").write_text(json.dumps(config.norm_stats))
+    told = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(told | {"base_model_name_or_path": str(checkpoint)}))
+    merged = adapted.merge_and_unload().eval()
+    for parameter in merged.parameters():  # not `merged.to`, which would round the frequencies of positions, too
+        parameter.data = parameter.data.bfloat16()
+    return folder, merged, processor
+
+
+def test_an_adapter_that_brings_whole_parts(new_parts, checkpoint, frames, tmp_path):
+    adapter, merged, processor = new_parts
+    words = ["--image", *frames, "--instruction", "go", "--proprio", *map(str, STATE)]
+    export.main([str(adapter), str(tmp_path / "out"), *words])
+    record, after = check_proof(tmp_path / "out"), weights(tmp_path / "out")
+    assert record["head_difference"] < 0.02 and 0 <= record["share_of_adapter"] < 0.1
+    expected = merged._fix_state_dict_keys_on_save(merged.state_dict())
+    assert set(expected) <= set(after)
+    for name, tensor in expected.items():
+        assert torch.equal(after[name], tensor), name
+    model, own = openvla.load(tmp_path / "out", dtype=torch.bfloat16)
+    assert (model.config.attention, model.config.action_head, model.config.film) == ("prefix", "flow", True)
+    inputs = processor(processor.build_prompt("go"), frames, STATE)
+    again = own(own.build_prompt("go"), frames, STATE)
+    noise = torch.randn((1, 3, 7), generator=torch.Generator().manual_seed(0))
+    actions = [policy.predict_action(**each, noise=noise) for policy, each in ((model, again), (merged, inputs))]
+    assert np.array_equal(*actions) and actions[0].shape == (3, 7)
+
+
+@pytest.mark.parametrize("part", ["action_head.model.fc2.bias", "proprio_projector.fc1", "blocks.1.shift.weight"])
+def test_a_part_that_an_adapter_says_it_brings_is_not_left_out(part, new_parts, checkpoint, tmp_path):
+    shutil.copytree(new_parts[0], tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if part not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"names \d modules that it has no weights of, such as .*{part}"):
+        export.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--no-proof"])
 
 
 MEASURE = """
