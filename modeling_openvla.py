@@ -538,6 +538,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             )
         return torch.from_numpy(stats.normalize(proprio)).to(self.device, torch.float32)
 
+    @torch.no_grad()
     def sample_actions(
         self,
         input_ids: torch.LongTensor,
@@ -618,7 +619,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             found["hidden_states"] = None
         return ActionOutput(**found)
 
-    @torch.no_grad()
     def _decode_tokens(
         self, input_ids: torch.LongTensor, mask: torch.LongTensor | None, observation: dict, action_dim: int, choose
     ) -> dict[str, torch.Tensor]:
@@ -650,7 +650,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 position_ids = position_ids[:, -1:] + 1
         return {name: torch.cat([step[name] for step in steps], dim=1) for name in steps[0]}
 
-    @torch.no_grad()
     def _denoise(
         self,
         input_ids: torch.LongTensor,
@@ -679,7 +678,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             )
         return {"actions": actions.double().cpu(), "hidden_states": hidden}
 
-    @torch.no_grad()
     def _run_slots(self, input_ids: torch.LongTensor, mask: torch.LongTensor | None, observation: dict):
         """The policy as a function of what fills the slots: `(noisy actions, times) -> (B, T·A, D)`.
 
@@ -702,7 +700,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         else:
             features = self.model.encode_images(whole, observation["pixel_values"], whole_mask)
 
-        @torch.no_grad()
         def run(noisy: torch.Tensor | None = None, times: torch.Tensor | None = None) -> torch.Tensor:
             fill = {"noisy_actions": noisy, "times": times}
             if is_prefix:

@@ -48,6 +48,7 @@ class ActionTrainer(SFTTrainer):
         self.average = average
         self.best = float("inf")
         self._staging = None
+        self._samples_sharded = False
         self._waited = 0.0  # seconds for data since the last log
         self._clock = None  # (time, step) of the last log
         if average is not None:
@@ -103,6 +104,11 @@ class ActionTrainer(SFTTrainer):
     # --- What is told --------------------------------------------------------------------------------------------
     def evaluate(self, *args, **kwargs):
         """L1, and accuracy of tokens if there are any, on each set of `validation`; keeps the best model in `best`."""
+        if self.is_fsdp_enabled and not self._samples_sharded:  # gathers the shards for it, as for `forward`
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self.accelerator.unwrap_model(self.model), "sample_actions")
+            self._samples_sharded = True
         metrics = {}
         with self._averaged_weights(), self.compute_loss_context_manager():
             for name, (collator, indices) in self.validation.items():

@@ -114,6 +114,8 @@ def test_tokens_decoded_in_parallel_are_the_originals(oft_policy, observe, oft_r
         assert output.token_ids[0].tolist() == best.tolist()
         with pytest.raises(RuntimeError, match="preferred a token that is not an action"):
             act(policy, observe(policy, [entry["index"]]), strict=True)
+    told = model.predict_action(**observe(policy, [entry["index"]]), unnorm_key=KEY, return_dict=True)
+    assert told["token_ids"][0].tolist() == best.tolist() and told["log_probs"].shape == (1, 56)
 
 
 @pytest.mark.parametrize("entry", EXTRA["film"], ids=lambda entry: f"observation {entry['index']}")

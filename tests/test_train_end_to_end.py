@@ -464,9 +464,16 @@ cli.main(["--traceback", "finetune", *sys.argv[1:]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, way", [("lora", "ddp"), ("full", "ddp"), ("full", "fsdp2"), ("lora", "fsdp2")])
-def test_two_processes_learn_as_one(mode, way, policy, data, tmp_path):
-    options = ["--mode", mode, "--max_steps", "4", "--learning_rate", "1e-3", "--validation_share", "0.5"]
+@pytest.mark.parametrize(
+    "mode, way, head",
+    [
+        *[("lora", "ddp", None), ("full", "ddp", None), ("full", "fsdp2", None), ("lora", "fsdp2", None)],
+        *[("lora", "ddp", "l1"), ("full", "fsdp2", "l1"), ("lora", "fsdp2", "l1")],
+    ],
+)
+def test_two_processes_learn_as_one(mode, way, head, policy, data, tmp_path):
+    options = ["--head", head, "--chunk", "2", "--proprio", "true", "--film", "true"] if head else []
+    options += ["--mode", mode, "--max_steps", "4", "--learning_rate", "1e-3", "--validation_share", "0.5"]
     options += ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--lr_scheduler_type", "cosine"]
     one, two = tmp_path / "one", tmp_path / "two"
     expected = finetune(policy, data, one, *options, "--per_device_train_batch_size", "4")
