@@ -2,6 +2,7 @@
 
 openvla doctor openvla/openvla-7b
 openvla doctor runs/my-robot --unnorm-key my_robot --json
+openvla doctor runs/my-oft--50000_chkpt --action-chunk 8 --num-cameras 2
 
 The failure it is there for makes no noise: on some versions of transformers the original code loads, runs, and returns
 the same action whatever the camera shows.
@@ -18,6 +19,7 @@ OK, WARNING, FAILED = "ok", "warning", "failed"
 # Of one length in tokens: padding and position would change the numbers even if the words did not arrive.
 INSTRUCTIONS = ("pick up the red cup", "push up the green box", "turn on the left light", "put down the big fork")
 MOST_REPLACED = 0.5  # share of tokens that are no actions from which on a policy is not fit
+FARTHEST = 1.5  # beyond what a continuous head should say: it was trained on actions in [-1, 1]
 
 
 @dataclass
@@ -30,7 +32,8 @@ class Check:
 
 
 def diagnose(model, processor, unnorm_key: str | None = None) -> list[Check]:
-    """Runs every check on a loaded policy; about a dozen actions' time. Never raises for a sick policy.
+    """Runs every check on a loaded policy; about a dozen actions' time, of heads that denoise less: but for an action
+    per dataset they are asked for one pass. Never raises for a sick policy.
 
     Args:
         model: `OpenVLAForActionPrediction`.
@@ -110,9 +113,9 @@ def check_tokens(model, processor) -> list[Check]:
         problems.append(
             f"<image> is {processor.image_token_id} in the processor, {config.image_token_id} in the model"
         )
-    if processor.num_patches * processor.num_cameras != config.num_image_tokens:
-        given = processor.num_patches * processor.num_cameras
-        problems.append(f"the processor makes {given} placeholders, the model needs {config.num_image_tokens}")
+    if processor.num_placeholders != config.num_placeholders:
+        given = processor.num_placeholders
+        problems.append(f"the processor makes {given} placeholders, the model needs {config.num_placeholders}")
     if max(config.image_token_id, config.action_token_end - 1, len(tokenizer) - 1) >= rows:
         problems.append(f"ids beyond the embedding table of {rows} rows")
     if processor.prompt_end_token_id != config.prompt_end_token_id:
@@ -131,29 +134,47 @@ def check_tokens(model, processor) -> list[Check]:
 
 
 def check_senses(model, processor, unnorm_key: str | None) -> list[Check]:
-    """Four scenes and four instructions must change the state that the first action token is read from; and more."""
+    """Four scenes, four instructions and four states of the robot must change the state that the first action is read
+    from; and more."""
     import torch
 
-    dim = _any_action_dim(model, unnorm_key)
+    from openvla.action_tokenizer import ActionStats
+
+    config, dim = model.config, _any_action_dim(model, unnorm_key)
     scenes, prompts = _scenes(), [processor.build_prompt(instruction) for instruction in INSTRUCTIONS]
+    has_tokens = config.action_head == "token"
 
-    def observe(some_prompts, some_scenes):
+    def observe(some_prompts, some_scenes, state: float = 0.0):
         images = [[scene] * processor.num_cameras for scene in some_scenes]
-        return processor(some_prompts, images).to(model.device)
+        inputs = processor(some_prompts, images).to(model.device)
+        if config.proprio_dim:
+            inputs["proprio"] = torch.full((len(some_prompts), config.proprio_dim), state, device=model.device)
+        return inputs
 
-    def act(inputs):
-        return model.sample_actions(**inputs, action_dim=dim, output_hidden_states=True)
+    def act(inputs, steps: int | None = 1):
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn((1, config.action_chunk, dim), generator=generator).expand(
+            len(inputs["input_ids"]), -1, -1
+        )
+        options = {"noise": noise, "num_denoising_steps": steps}
+        return model.sample_actions(**inputs, action_dim=dim, output_hidden_states=True, **options)
+
+    def answer(output) -> torch.Tensor:
+        return output.token_ids if has_tokens else output.actions
 
     # 1. Does what comes in arrive? Same shapes throughout, so that nothing but the input can change the numbers.
     by_image = [act(observe(prompts[:1], [scene])) for scene in scenes]
     by_instruction = [act(observe([prompt], scenes[:1])) for prompt in prompts]
+    asked = [("image", by_image), ("instruction", by_instruction)]
+    if config.proprio_dim:
+        asked.append(("robot's state", [act(observe(prompts[:1], scenes[:1], x)) for x in (0.0, -1.0, 0.5, 1.0)]))
     lengths = {len(observe([prompt], scenes[:1])["input_ids"][0]) for prompt in prompts}
     checks = []
-    for name, outputs in (("image", by_image), ("instruction", by_instruction)):
+    for name, outputs in asked:
         states = torch.cat([output.hidden_states[:, 0].float() for output in outputs])  # (4, D)
         change = ((states[1:] - states[:1]).norm(dim=1) / states[:1].norm()).min().item()
-        distinct = len({tuple(output.token_ids[0].tolist()) for output in outputs})
-        detail = f"changes the state at the first action token by {change:.2%} or more; {distinct} of 4 actions differ"
+        distinct = len({tuple(answer(output).flatten().tolist()) for output in outputs})
+        detail = f"changes the state at the first action by {change:.2%} or more; {distinct} of 4 actions differ"
         if not change > 1e-6:  # also when NaN
             checks.append(Check(name, FAILED, f"{detail}. It is ignored: do not act with this policy."))
         elif name == "instruction" and len(lengths) > 1:
@@ -161,29 +182,55 @@ def check_senses(model, processor, unnorm_key: str | None) -> list[Check]:
         else:
             checks.append(Check(name, OK if distinct > 1 else WARNING, detail))
 
-    # 2. Is the answer the same each time, and are its tokens actions?
-    same = torch.equal(by_instruction[0].token_ids, by_image[0].token_ids)
+    # 2. Is the answer the same each time, and is it an action?
+    same = torch.equal(answer(by_instruction[0]), answer(by_image[0]))
     checks.append(Check("repeatable", OK if same else FAILED, f"same input, {'same' if same else 'another'} action"))
-    replaced = torch.cat([output.replaced for output in by_image + by_instruction]).float().mean().item()
     inputs = observe(prompts[:1] * len(scenes), scenes)
-    generated = model.generate(**inputs, max_new_tokens=dim, do_sample=False)[:, -dim:]
-    expected = act(inputs).token_ids[:, :dim]
-    if replaced > 0:
-        detail = f"{replaced:.0%} of the tokens on synthetic scenes were no actions; the best actions were taken"
-        checks.append(Check("action tokens", WARNING if replaced < MOST_REPLACED else FAILED, detail))
-    elif torch.equal(generated, expected):
-        checks.append(Check("action tokens", OK, "generate() and predict_action() agree on a batch of 4 scenes"))
+    if has_tokens:
+        replaced = torch.cat([output.replaced for output in by_image + by_instruction]).float().mean().item()
+        checks.append(_check_action_tokens(model, inputs, act(inputs).token_ids[:, :dim], replaced))
     else:
-        detail = f"generate() gives {generated.tolist()}, predict_action() {expected.tolist()}"
-        checks.append(Check("action tokens", FAILED, detail))
+        actions = act(observe(prompts[:1], scenes[:1]), steps=None).actions
+        status = OK if actions.abs().max() <= FARTHEST else WARNING
+        checks.append(
+            Check("range", status, f"actions from {actions.min():.2f} to {actions.max():.2f}; [-1, 1] is usual")
+        )
 
     # 3. The way a robot asks: through the statistics, in their units
     for key in [unnorm_key] if unnorm_key is not None else sorted(model.norm_stats or {}):
         try:
-            model.predict_action(**observe(prompts[:1], scenes[:1]), unnorm_key=key)
+            inputs = observe(prompts[:1], scenes[:1])
+            if config.proprio_dim:
+                options = (model.norm_stats, key, config.action_normalization, "proprio")
+                stats = ActionStats.from_norm_stats(*options)
+                inputs["proprio"] = (stats.low + stats.high) / 2
+            model.predict_action(**inputs, unnorm_key=key)
         except (KeyError, ValueError, RuntimeError) as error:
             checks.append(Check(f"act {key}", FAILED, str(error.args[0])))
     return checks
+
+
+def _check_action_tokens(model, inputs, expected, replaced: float) -> Check:
+    """Whether the language model prefers actions, and decoded one by one gives them to `generate`, too.
+
+    Args:
+        inputs: a batch of four scenes.
+        expected: `(4, A)` ids of its first actions by `sample_actions`.
+        replaced: share of the tokens that were no actions.
+    """
+    import torch
+
+    if replaced > 0:
+        detail = f"{replaced:.0%} of the tokens on synthetic scenes were no actions; the best actions were taken"
+        return Check("action tokens", WARNING if replaced < MOST_REPLACED else FAILED, detail)
+    if model.config.attention != "causal":
+        return Check("action tokens", OK, "the language model prefers actions")
+    dim = expected.shape[1]
+    generated = model.generate(**inputs, max_new_tokens=dim, do_sample=False)[:, -dim:]
+    if torch.equal(generated, expected):
+        return Check("action tokens", OK, "generate() and predict_action() agree on a batch of 4 scenes")
+    detail = f"generate() gives {generated.tolist()}, predict_action() {expected.tolist()}"
+    return Check("action tokens", FAILED, detail)
 
 
 def _scenes() -> list:
@@ -211,6 +258,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
+    parser.add_argument("--action-chunk", type=int, metavar="STEPS", help="of a folder of OpenVLA-OFT's training")
+    parser.add_argument("--num-cameras", type=int, metavar="COUNT", help="of a folder of OpenVLA-OFT's training")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
     args = parser.parse_args(argv)
 
@@ -219,7 +268,9 @@ def main(argv: list[str]) -> None:
     from openvla.loading import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, processor = load(args.model, dtype=args.dtype, **({"revision": args.revision} if args.revision else {}))
+    told = {name: getattr(args, name) for name in ("revision", "action_chunk", "num_cameras")}
+    told = {name: value for name, value in told.items() if value is not None}
+    model, processor = load(args.model, dtype=args.dtype, **told)
     checks = diagnose(model.to(device), processor, args.unnorm_key)
     if args.json:
         print(json.dumps([asdict(check) for check in checks]))

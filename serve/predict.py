@@ -1,8 +1,10 @@
-"""Acts once: image and instruction in, action out.
+"""Acts once: image and instruction in, action out, or a chunk of them.
 
 openvla predict --model openvla/openvla-7b --image frame.png --instruction "pick up the cup" --unnorm-key bridge_orig
 openvla predict --model runs/my-robot --image http://camera.local/frame.jpg --instruction "open the drawer" --json
 openvla predict --model runs/my-robot --image front.png wrist.png --instruction "open the drawer" --strict
+openvla predict --model runs/oft --image front.png wrist.png --proprio 0.1 0.2 0.3 0 0 0 0.04 -0.04 \
+    --instruction "open the drawer"
 """
 
 import argparse
@@ -10,6 +12,8 @@ import json
 import sys
 
 from openvla.cli import command_parser
+
+MOST_COLUMNS = 8  # steps of a chunk side by side; longer ones are printed one below the other
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,6 +23,9 @@ def parser() -> argparse.ArgumentParser:
         "--image", required=True, nargs="+", metavar="FILE_OR_URL", help="one per camera, in the policy's order"
     )
     arguments.add_argument("--instruction", required=True, help='what to do, such as "pick up the cup"')
+    arguments.add_argument(
+        "--proprio", type=float, nargs="+", metavar="NUMBER", help="the robot's state, in the units of the dataset"
+    )
     arguments.add_argument("--unnorm-key", help="dataset whose statistics give the units; optional if there is one")
     arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
@@ -28,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         help="0.9 for policies fine-tuned with random crops (LIBERO); default: as the checkpoint declares",
+    )
+    arguments.add_argument("--action-chunk", type=int, metavar="STEPS", help="of a folder of OpenVLA-OFT's training")
+    arguments.add_argument("--num-cameras", type=int, metavar="COUNT", help="of a folder of OpenVLA-OFT's training")
+    arguments.add_argument(
+        "--seed", type=int, help="of the noise that some heads start from; default: another each time"
     )
     arguments.add_argument("--strict", action="store_true", help="fail if the model prefers a token that is no action")
     arguments.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -43,24 +55,39 @@ def main(argv: list[str]) -> None:
     from openvla.loading import load
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    revision = {"revision": args.revision} if args.revision else {}
-    model, processor = load(args.model, dtype=args.dtype, **revision)
+    told = {name: getattr(args, name) for name in ("revision", "action_chunk", "num_cameras")}
+    told = {name: value for name, value in told.items() if value is not None}
+    model, processor = load(args.model, dtype=args.dtype, **told)
     model = model.to(device)
     unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)
     crop = {} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}
     if unnorm_key.startswith("libero") and not crop and processor.image_processor.center_crop_area is None:
         print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
-    inputs = processor(processor.build_prompt(args.instruction), args.image, **crop).to(device)
-    result = model.predict_action(**inputs, unnorm_key=unnorm_key, strict=args.strict, return_dict=True)
+    if (given := len(args.proprio or ())) != model.config.proprio_dim:
+        raise ValueError(
+            f"The policy takes {model.config.proprio_dim or 'no'} numbers of the robot's state, got "
+            f"{given or 'none'}: see --proprio."
+        )
+    inputs = processor(processor.build_prompt(args.instruction), args.image, args.proprio, **crop).to(device)
+    generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
+    options = {"unnorm_key": unnorm_key, "strict": args.strict, "generator": generator, "return_dict": True}
+    with torch.no_grad():
+        result = model.predict_action(**inputs, **options)
 
     dims = name_action_dims(model.norm_stats, unnorm_key)
     chunk = result["actions"].reshape(-1, len(dims))  # (T, A)
     if args.json:
         answer = {"action": result["actions"].tolist(), "unnorm_key": unnorm_key, "dims": dims}
-        answer |= {"token_ids": result["token_ids"][0].tolist(), "replaced": result["replaced"][0].tolist()}
+        answer |= {name: result[name][0].tolist() for name in ("token_ids", "replaced") if name in result}
         print(json.dumps(answer))
         return
     print(f'{args.model} · {unnorm_key} · "{args.instruction}"\n')
+    if len(chunk) > MOST_COLUMNS:
+        print(f"{'step':<6}{''.join(f'{name:>12}' for name, _ in dims)}")
+        print(f"{'':<6}{''.join(f'{unit:>12}' for _, unit in dims)}")
+        for step, values in enumerate(chunk):
+            print(f"{step:<6}{''.join(f'{value:>12.6f}' for value in values)}")
+        return
     steps = "".join(f"{f'step {step}' if len(chunk) > 1 else 'value':>12}" for step in range(len(chunk)))
     print(f"{'dim':<12}{steps}  unit")
     for index, (name, unit) in enumerate(dims):

@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+import openvla
 from openvla.evaluate import doctor
 
 
@@ -94,6 +95,57 @@ def test_statistics_that_do_not_fit_the_policy(fresh_model, processor):
     checks = report(fresh_model, processor)
     assert failed(checks) == {"act bridge_orig", "act toy_robot"}
     assert "does not fit config.action_dim=6" in checks["act toy_robot"].detail
+
+
+# --- Policies that decode in parallel ---
+@pytest.mark.parametrize("kind", [{}, {"head": "diffusion"}, {"film": True, "proprio": False}], ids=str)
+def test_a_healthy_policy_that_decodes_in_parallel(kind, oft_policy):
+    model, processor = oft_policy(**kind)
+    checks = report(model, processor, unnorm_key="toy_robot")
+    assert {check.status for check in checks.values()} == {doctor.OK}
+    assert {"image", "instruction", "repeatable", "range"} <= set(checks) and "action tokens" not in checks
+    assert ("robot's state" in checks) == kind.get("proprio", True)
+
+
+def test_tokens_decoded_in_parallel_have_to_be_actions(oft_policy, monkeypatch):
+    model, processor = oft_policy("token", proprio=False)  # which was never trained for it
+    checks = report(model, processor, unnorm_key="toy_robot")
+    assert failed(checks) == {"action tokens"} and "% of the tokens" in checks["action tokens"].detail
+    head = model.lm_head.weight.detach().clone()
+    head[:31744] = head[32000:] = 0.0  # so that the best logit, if it is positive, is an action's
+    monkeypatch.setattr(model.lm_head.weight, "data", head)
+    checks = report(model, processor, unnorm_key="toy_robot")
+    assert not failed(checks) and checks["action tokens"].detail == "the language model prefers actions"
+
+
+def test_a_state_that_makes_no_difference(oft_folder):
+    model, processor = openvla.load(oft_folder(), dtype=torch.float32, action_chunk=8, num_cameras=2)
+    torch.nn.init.zeros_(model.model.proprio_projector.fc2.weight)
+    checks = report(model, processor, unnorm_key="toy_robot")
+    assert failed(checks) == {"robot's state"} and "by 0.00%" in checks["robot's state"].detail
+    torch.nn.init.constant_(model.action_head.model.fc2.bias, 3.0)
+    assert report(model, processor, unnorm_key="toy_robot")["range"].status == doctor.WARNING
+
+
+def test_statistics_of_another_state(oft_policy):
+    model, processor = oft_policy()
+    checks = report(model, processor)  # the state of bridge_orig has 7 dims
+    assert failed(checks) == {"act bridge_orig"}
+    assert "takes proprio of 8 dims, got (1, 7)" in checks["act bridge_orig"].detail
+
+
+def test_a_processor_that_knows_of_no_state(oft_policy, monkeypatch):
+    model, processor = oft_policy()
+    monkeypatch.setattr(processor, "num_state_tokens", 0)
+    checks = report(model, processor, unnorm_key="toy_robot")
+    assert failed(checks) == {"tokens"} and "makes 512 placeholders, the model needs 513" in checks["tokens"].detail
+
+
+def test_command_on_what_the_training_of_openvla_oft_leaves(oft_folder, capsys):
+    told = ["--action-chunk", "8", "--num-cameras", "2", "--unnorm-key", "toy_robot"]
+    doctor.main([str(oft_folder()), *told, "--json"])
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
+    assert checks["robot's state"]["status"] == checks["range"]["status"] == "ok"
 
 
 def test_command(checkpoint, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import openvla
+from openvla import cli
 from openvla.modeling_openvla import OpenVLAModel
 from openvla.oft_files import PARTS, OFTWeights, find_oft
 
@@ -371,6 +373,48 @@ def test_parts_stay_in_their_files(folder):
     assert all(f"{policy}/{part}--" in maps for part in ("action_head", "proprio_projector", "vision_backbone"))
     name = "vision_backbone.featurizer.blocks.0.attn.qkv.weight"
     assert weights[name] is not weights[name]  # merged when asked for, and not kept
+
+
+# --- On the command line ---
+def test_predict_takes_what_the_files_do_not_tell(oft_folder, oft_recorded, oft_golden, tmp_path, capsys):
+    entry = oft_recorded["inputs"][0]
+    pictures = [str(tmp_path / f"{name}.png") for name in ("primary", "wrist")]
+    for picture in pictures:
+        Image.fromarray(oft_golden[f"00.{Path(picture).stem}_u8"].numpy()).save(picture)
+    words = ["predict", "--model", str(oft_folder()), "--image", *pictures]
+    words += ["--instruction", re.search(r"take to (.*)\?\nOut:", entry["prompt"])[1]]
+    words += ["--unnorm-key", "toy_robot", "--dtype", "float32", "--device", "cpu"]
+    words += ["--action-chunk", "8", "--num-cameras", "2"]
+    state = ["--proprio", *(repr(value) for value in entry["state"])]
+    cli.main([*words, *state, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(answer["action"], entry["actions_l1_proprio_fp32"], atol=1e-5, rtol=0)
+    assert set(answer) == {"action", "unnorm_key", "dims"}
+    cli.main([*words, *state])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["dim", *" ".join(f"step {number}" for number in range(8)).split(), "unit"]
+    assert len(lines) == 10 and f"{answer['action'][7][0]:.6f}" in lines[3]
+    for more, message in ((["--proprio", "0", "1"], "got 2: see --proprio"), ([], "got none: see --proprio")):
+        with pytest.raises(SystemExit, match=f"takes 8 numbers of the robot's state, {message}"):
+            cli.main([*words, *more])
+    diffusion = [str(oft_folder("diffusion")) if word == str(oft_folder()) else word for word in words]
+    answers = []
+    for seed in ("1", "1", "2"):
+        cli.main([*diffusion, *state, "--seed", seed, "--json"])
+        answers.append(json.loads(capsys.readouterr().out)["action"])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_long_chunks_are_printed_step_by_step(folder, oft_golden, tmp_path, capsys):
+    policy = folder(proprio=False)
+    pictures = [str(tmp_path / f"{name}.png") for name in ("primary", "wrist")]
+    for picture in pictures:
+        Image.fromarray(oft_golden[f"00.{Path(picture).stem}_u8"].numpy()).save(picture)
+    words = ["predict", "--model", str(policy), "--image", *pictures, "--instruction", "go", "--action-chunk", "9"]
+    cli.main([*words, "--num-cameras", "2", "--unnorm-key", "bridge_orig"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["step", "x", "y", "z", "roll", "pitch", "yaw", "gripper"] and len(lines) == 13
+    assert lines[3].split() == ["m"] * 3 + ["rad"] * 3 + ["1", "=", "open"] and lines[12].split()[0] == "8"
 
 
 # --- On the Hub ---
