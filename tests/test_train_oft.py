@@ -174,7 +174,7 @@ def test_each_head_overfits_one_batch_and_samples_its_actions(head, policy):  # 
         batch["labels"][ids == 32002] = torch.from_numpy(model.action_tokenizer.encode(actions.numpy())).flatten()
     else:
         batch["actions"] = actions
-        batch = {name: value.repeat(32, *[1] * (value.ndim - 1)) for name, value in batch.items()}  # much noise at once
+        batch = {name: value.repeat(32, *[1] * (value.ndim - 1)) for name, value in batch.items()}  # much noise
     steps = {"token": 150, "l1": 150, "diffusion": 800, "flow": 600}[head]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
