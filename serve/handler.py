@@ -8,12 +8,13 @@ with a request such as
 
     {"inputs": {"image": "iVBORw0KG…", "instruction": "pick up the cup"}, "parameters": {"unnorm_key": "bridge_orig"}}
 
-`inputs` is one observation or a list of them; a policy with several cameras takes `images`, a list in its order. The
-reply, one per observation:
+`inputs` is one observation or a list of them; a policy with several cameras takes `images`, a list in its order, and
+one that feels its robot `proprio` (or `state`), numbers in the units of its dataset. The reply, one per observation:
 
     {"action": [A] or [T][A], in the units of `dims`      "unnorm_key": whose statistics gave the units
-     "dims": [{"name": "x", "unit": "m"}, …]              "token_ids", "replaced": per token, as `predict_action` gives
-     "milliseconds": for the whole request}
+     "dims": [{"name": "x", "unit": "m"}, …]              "milliseconds": for the whole request}
+
+and of policies with tokens "token_ids" and "replaced", per token, as `predict_action` gives them.
 
 What cannot be answered raises, ValueError if the request is at fault, and the service turns that into status 400 with
 the message; there is no default action. Images come as base64 only: no URL is fetched and no path is opened.
@@ -48,7 +49,11 @@ PARAMETERS = {
     "do_sample": bool,
     "temperature": float,
     "top_p": float,
+    "seed": int,  # of the noise that heads which denoise start from
+    "num_denoising_steps": int,
 }
+NOISE = {"seed", "num_denoising_steps"}
+STATE = ("proprio", "state")  # names of the same
 EXPECTED = '{"image": base64 of a PNG, JPEG or WebP file, "instruction": text}'
 
 
@@ -83,18 +88,25 @@ class EndpointHandler:
         parameters = _read_parameters(data.get("parameters"))
         instruction = parameters.pop("instruction", None)
         unnorm_key = self._resolve_unnorm_key(parameters.pop("unnorm_key", None))
+        if self.model.config.num_denoising_steps is None and (unused := NOISE & set(parameters)):
+            raise ValueError(
+                f"Parameters {sorted(unused)} are for heads that denoise, which this policy does not have."
+            )
+        if "seed" in parameters:
+            parameters["generator"] = torch.Generator().manual_seed(parameters.pop("seed"))
         batch = data["inputs"] if isinstance(data["inputs"], list) else [data["inputs"]]
         if not 1 <= len(batch) <= MAX_OBSERVATIONS:
             raise ValueError(f"Expected 1 to {MAX_OBSERVATIONS} observations in a request, got {len(batch)}.")
 
         # 1. Tensors. Prompts first: they are cheap to refuse
         observations = [self._read_observation(observation, instruction) for observation in batch]
-        prompts = [self.processor.build_prompt(instruction) for _, instruction in observations]
-        images = [[decode_image(image) for image in images] for images, _ in observations]
-        inputs = self.processor(prompts, images).to(self.model.device)
+        prompts = [self.processor.build_prompt(instruction) for _, instruction, _ in observations]
+        images = [[decode_image(image) for image in images] for images, _, _ in observations]
+        states = [state for _, _, state in observations] if self.model.config.proprio_dim else None
+        inputs = self.processor(prompts, images, states).to(self.model.device)
 
         # 2. Actions
-        with self.one_at_a_time:
+        with self.one_at_a_time, torch.no_grad():
             result = self.model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True, **parameters)
         actions = result["actions"] if len(batch) > 1 else result["actions"][None]
         if not np.isfinite(actions).all():
@@ -110,21 +122,20 @@ class EndpointHandler:
             {
                 "action": actions[row].tolist(),
                 **shared,
-                "token_ids": result["token_ids"][row].tolist(),
-                "replaced": result["replaced"][row].tolist(),
+                **{name: result[name][row].tolist() for name in ("token_ids", "replaced") if name in result},
                 "milliseconds": milliseconds,
             }
             for row in range(len(batch))
         ]
         return replies if isinstance(data["inputs"], list) else replies[0]
 
-    def _read_observation(self, observation, instruction: str | None) -> tuple[list, str]:
-        """`(images, still encoded, and instruction)` of one observation."""
+    def _read_observation(self, observation, instruction: str | None) -> tuple[list, str, list[float] | None]:
+        """`(images, still encoded, instruction and the robot's state)` of one observation."""
         if isinstance(observation, Image.Image):  # the service decodes bodies of type image/* itself
             observation = {"image": observation}
         if not isinstance(observation, dict):
             raise ValueError(f"Expected an observation {EXPECTED}, got {_brief(observation)}.")
-        if unknown := sorted(set(observation) - {"image", "images", "instruction"}):
+        if unknown := sorted(set(observation) - {"image", "images", "instruction", *STATE}):
             raise ValueError(f"Unknown keys {unknown[:5]} in an observation; expected {EXPECTED}.")
         if ("image" in observation) == ("images" in observation):
             raise ValueError('An observation needs either "image" or, for several cameras, "images".')
@@ -141,7 +152,25 @@ class EndpointHandler:
             )
         if len(instruction) > MAX_INSTRUCTION:
             raise ValueError(f"An instruction may have {MAX_INSTRUCTION} characters, got {len(instruction)}.")
-        return images, instruction
+        return images, instruction, self._read_state(observation)
+
+    def _read_state(self, observation: dict) -> list[float] | None:
+        """`proprio` or `state` of an observation, for policies that take it. ValueError if it is not what they take."""
+        given, count = [name for name in STATE if name in observation], self.model.config.proprio_dim
+        if not count and given:
+            raise ValueError(f"This policy does not take the robot's state: leave {given[0]!r} out.")
+        if not count:
+            return None
+        state = observation[given[0]] if len(given) == 1 else None
+        is_whole = isinstance(state, list) and len(state) == count and all(map(_is_number, state))
+        if not is_whole:
+            got = f"{len(given)} of {list(STATE)}" if len(given) != 1 else _brief(state)
+            got = f"{len(state)} entries: {str(state)[:200]}" if isinstance(state, list) else got
+            raise ValueError(
+                f'This policy takes the robot\'s state as "proprio", {count} finite numbers in the units of its '
+                f"dataset, got {got}."
+            )
+        return state
 
     def _resolve_unnorm_key(self, unnorm_key: str | None) -> str:
         try:
@@ -156,10 +185,15 @@ class EndpointHandler:
         stripes = np.where(np.arange(256) // 32 % 2, 255, 40).astype(np.uint8)
         stripes = np.broadcast_to(stripes[:, None], (256, 256))
         prompt = self.processor.build_prompt("pick up the red cup")
-        states = []
+        states, config = [], self.model.config
+        noise = torch.zeros(1, config.action_chunk, dims[0])
+        options = {"action_dim": dims[0], "noise": noise, "num_denoising_steps": 1, "output_hidden_states": True}
         for scene in (ramp, stripes):
             inputs = self.processor(prompt, [[scene] * self.processor.num_cameras]).to(self.model.device)
-            output = self.model.sample_actions(**inputs, action_dim=dims[0], output_hidden_states=True)
+            if config.proprio_dim:
+                options["proprio"] = torch.zeros(1, config.proprio_dim, device=self.model.device)
+            with torch.no_grad():
+                output = self.model.sample_actions(**inputs, **options)
             states.append(output.hidden_states[0, 0].float())
         change = ((states[1] - states[0]).norm() / states[0].norm()).item()
         if not change > 1e-6:  # also when NaN
@@ -215,13 +249,17 @@ def _read_parameters(parameters) -> dict:
         raise ValueError(f"Unknown parameters {unknown[:5]}; known: {sorted(PARAMETERS)}.")
     for name, value in parameters.items():
         kind = PARAMETERS[name]
-        fits = isinstance(value, kind) or (kind is float and type(value) is int)
+        fits = type(value) is kind or (kind is float and type(value) is int)
         if not fits or (kind is float and not math.isfinite(value)):
             wanted = "finite number" if kind is float else kind.__name__
             raise ValueError(f"Parameter {name!r} must be a {wanted}, got {_brief(value)}.")
     if not parameters.get("do_sample") and (unused := {"temperature", "top_p"} & set(parameters)):
         raise ValueError(f"Parameters {sorted(unused)} have no effect without do_sample: true.")
     return parameters
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _brief(value) -> str:

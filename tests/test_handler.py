@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -95,12 +96,14 @@ def two_cameras(checkpoint):
 
 
 @pytest.fixture(scope="module")
-def service(checkpoint, processor, two_cameras, tmp_path_factory):
-    """Address of a service of two policies, `/one` and `/two` (two cameras)."""
+def service(checkpoint, processor, two_cameras, oft_policy, tmp_path_factory):
+    """Address of a service: `/one`, `/two` (two cameras), and of OpenVLA-OFT `/l1`, `/diffusion` and `/token`."""
     folder = tmp_path_factory.mktemp("policies")
     as_released = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=torch.bfloat16)
     export(as_released, processor, folder / "one")
     export(*two_cameras, folder / "two")
+    for head in ("l1", "diffusion", "token"):
+        export(*oft_policy(head, proprio=head != "token"), folder / head)
     process = start(SERVICE, FOLDER=str(folder), HF_MODULES_CACHE=str(tmp_path_factory.mktemp("modules")))
     try:
         port = process.stdout.readline().strip()
@@ -215,6 +218,80 @@ def test_two_cameras_and_two_steps(ask, observations, images, two_cameras):
     assert status == 400 and "preferred a token that is not an action" in reply["error"]
 
 
+def observe(recorded, golden, index: int, name: str = "proprio") -> dict:
+    """A recorded observation of OpenVLA-OFT, as JSON."""
+    entry, images = recorded["inputs"][index], []
+    for camera in ("primary", "wrist"):
+        file = io.BytesIO()
+        Image.fromarray(golden[f"{index:02d}.{camera}_u8"].numpy()).save(file, "PNG")
+        images.append(encode(file.getvalue()))
+    instruction = re.search(r"take to (.*)\?\nOut:", entry["prompt"])[1]
+    return {"images": images, "instruction": instruction, name: entry["state"]}
+
+
+def test_chunks_of_policies_that_take_the_robots_state(ask, oft_recorded, oft_golden):
+    entries = oft_recorded["inputs"]
+    observations = [observe(oft_recorded, oft_golden, index, name) for index, name in ((0, "proprio"), (7, "state"))]
+    status, replies = ask(observations, "l1", unnorm_key="toy_robot")
+    assert status == 200, replies
+    for index, reply in zip((0, 7), replies):
+        assert np.shape(reply["action"]) == (8, 7) and set(reply) == {"action", "unnorm_key", "dims", "milliseconds"}
+        np.testing.assert_allclose(reply["action"], entries[index]["actions_l1_proprio_fp32"], rtol=0, atol=2e-5)
+    _, alone = ask(observations[1], "l1", unnorm_key="toy_robot")
+    np.testing.assert_allclose(alone["action"], entries[7]["actions_l1_proprio_fp32"], rtol=0, atol=1e-5)
+
+
+def test_noise_has_a_seed(ask, oft_policy, oft_recorded, oft_golden):
+    observation, options = observe(oft_recorded, oft_golden, 0), {"unnorm_key": "toy_robot", "num_denoising_steps": 5}
+    answers = [ask(observation, "diffusion", **options, seed=seed)[1]["action"] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+    model, processor = oft_policy("diffusion")
+    images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in observation["images"]]
+    inputs = processor(processor.build_prompt(observation["instruction"]), images, observation["proprio"])
+    noise = torch.randn((1, 8, 7), generator=torch.Generator().manual_seed(1))
+    expected = model.predict_action(**inputs, unnorm_key="toy_robot", noise=noise, num_denoising_steps=5)
+    np.testing.assert_allclose(answers[0], expected, rtol=0, atol=1e-4)
+    status, reply = ask(observation, "diffusion", unnorm_key="toy_robot", num_denoising_steps=7)
+    assert status == 400 and "a divisor of 50 as its number of steps, got 7" in reply["error"]
+
+
+def test_tokens_of_a_chunk_decoded_in_parallel(ask, oft_recorded, oft_golden):
+    observation = observe(oft_recorded, oft_golden, 0)
+    observation.pop("proprio")
+    status, reply = ask(observation, "token", unnorm_key="toy_robot")
+    assert status == 200 and np.shape(reply["action"]) == (8, 7)
+    assert len(reply["token_ids"]) == len(reply["replaced"]) == 56
+    assert all(31744 <= token < 32000 for token in reply["token_ids"])
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({}, r"takes the robot's state as \"proprio\", 8 finite numbers .* got 0 of \['proprio', 'state'\]"),
+        ({"proprio": [0.0] * 8, "state": [0.0] * 8}, "got 2 of"),
+        ({"proprio": [0.0] * 7}, "8 finite numbers in the units of its dataset, got 7 entries: "),
+        ({"state": [0.0] * 7 + [None]}, "got 8 entries: .*None"),
+        ({"state": [0.0] * 7 + [True]}, "got 8 entries: .*True"),
+        ({"state": [0.0] * 7 + [float("nan")]}, "got 8 entries: .*nan"),
+        ({"state": "0 0 0 0 0 0 0 0"}, "got '0 0 0 0 0 0 0 0'"),
+    ],
+)
+def test_states_that_are_refused(state, message, ask, oft_recorded, oft_golden):
+    observation = observe(oft_recorded, oft_golden, 0)
+    observation.pop("proprio")
+    status, reply = ask(observation | state, "l1", unnorm_key="toy_robot")
+    assert status == 400
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(reply["error"])
+
+
+def test_one_image_is_not_enough_for_two_cameras(ask, oft_recorded, oft_golden):
+    observation = observe(oft_recorded, oft_golden, 0)
+    observation["images"].pop()
+    status, reply = ask(observation, "l1", unnorm_key="toy_robot")
+    assert status == 400 and "looks at 2 image(s) per observation, got 1" in reply["error"]
+
+
 # --- Refusals ---
 def png(width: int, height: int) -> bytes:
     """A black PNG of one bit per pixel: 30000 x 30000 take 109 kB."""
@@ -236,7 +313,8 @@ def png(width: int, height: int) -> bytes:
         ([{}] * 17, "Expected 1 to 16 observations in a request, got 17"),
         ({"instruction": "go"}, 'An observation needs either "image" or'),
         ({"image": "", "images": [], "instruction": "go"}, 'An observation needs either "image" or'),
-        ({"image": "", "instruction": "go", "state": [0.0]}, r"Unknown keys \['state'\] in an observation"),
+        ({"image": "", "instruction": "go", "pose": [0.0]}, r"Unknown keys \['pose'\] in an observation"),
+        ({"image": "", "instruction": "go", "state": [0.0]}, "does not take the robot's state: leave 'state' out"),
         ({"images": ["", ""], "instruction": "go"}, r"looks at 1 image\(s\) per observation, got 2"),
         ({"images": "", "instruction": "go"}, r"looks at 1 image\(s\) per observation, got ''"),
         ({"image": "GOOD"}, "Expected an instruction such as 'pick up the cup', got None"),
@@ -285,6 +363,8 @@ def test_observations_that_are_refused(inputs, message, ask, observations):
         ({"temperature": True}, "Parameter 'temperature' must be a finite number, got True"),
         ({"temperature": float("inf")}, "Parameter 'temperature' must be a finite number, got inf"),
         ({"unnorm_key": "bridge_orig", "top_p": 0.9}, r"\['top_p'\] have no effect without do_sample: true"),
+        ({"unnorm_key": "bridge_orig", "seed": 1}, r"\['seed'\] are for heads that denoise, which this policy does"),
+        ({"unnorm_key": "bridge_orig", "seed": True}, "Parameter 'seed' must be a int, got True"),
         ({"unnorm_key": "bridge_orig", "do_sample": True, "temperature": -1}, "Sampling needs temperature > 0"),
     ],
 )
