@@ -1,4 +1,4 @@
-"""A page to try a policy on: image and instruction in, the action as numbers and as a picture out.
+"""A page to try a policy on: images, instruction and the robot's state in, the action as numbers and as a picture out.
 
 python -m openvla.serve.app --model runs/my-robot
 python -m openvla.serve.app --model openvla/openvla-7b --port 8080
@@ -32,40 +32,67 @@ INTRODUCTION = (
 )
 
 
-def act(model, processor, images: list[Image.Image | None], instruction: str, unnorm_key: str | None) -> dict:
-    """One action, in types of JSON but for the arrays.
+def act(
+    model,
+    processor,
+    images: list[Image.Image | None],
+    instruction: str,
+    unnorm_key: str | None,
+    proprio: str | list[float] | None = None,
+) -> dict:
+    """One action, or a chunk, in types of JSON but for the arrays.
 
     Args:
         model, processor: a policy and its processor, from this package or from the policy's own files.
         images: one per camera, in the policy's order.
         unnorm_key: whose statistics give the units; None if there is only one.
+        proprio: the robot's state, for policies that take it: numbers, or a text with numbers in it.
 
     Returns `{"actions": (T, A) float64 in the units of dims, "normalized": (T, A) in [-1, 1], "unnorm_key",
-    "dims": [(name, unit)], "token_ids": [T·A], "replaced": [T·A] bool, "milliseconds"}`. ValueError, KeyError or
-    RuntimeError say what is wrong; there is no default action.
+    "dims": [(name, unit)], "token_ids": [T·A], "replaced": [T·A] bool, "milliseconds"}`, without the two about tokens
+    for continuous heads. ValueError, KeyError or RuntimeError say what is wrong; there is no default action.
     """
+    import torch
+
     if missing := [f"{number}" for number, image in enumerate(images, start=1) if image is None]:
         raise ValueError(f"The policy needs {len(images)} image(s); number {', '.join(missing)} is missing.")
     actions_module = sys.modules[type(model.action_tokenizer).__module__]  # `action_tokenizer.py` of this very model
     unnorm_key = actions_module.resolve_unnorm_key(model.norm_stats, unnorm_key)
+    state = _read_state(proprio, model.config.proprio_dim)
     start = time.perf_counter()
-    inputs = processor(processor.build_prompt(instruction), [images]).to(model.device)
-    result = model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True)
+    inputs = processor(processor.build_prompt(instruction), [images], state).to(model.device)
+    with torch.no_grad():
+        result = model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True)
     milliseconds = round(1000 * (time.perf_counter() - start), 1)
     dims = actions_module.name_action_dims(model.norm_stats, unnorm_key)
     actions = result["actions"].reshape(-1, len(dims))
     if not np.isfinite(actions).all():
         raise RuntimeError(f"The action holds NaN or infinity: {actions.tolist()}.")
+    told = {name: result[name][0].tolist() for name in ("token_ids", "replaced") if name in result}
     stats = actions_module.ActionStats.from_norm_stats(model.norm_stats, unnorm_key, model.config.action_normalization)
     return {
         "actions": actions,
         "normalized": stats.normalize(actions),
         "unnorm_key": unnorm_key,
         "dims": dims,
-        "token_ids": result["token_ids"][0].tolist(),
-        "replaced": result["replaced"][0].tolist(),
+        **told,
         "milliseconds": milliseconds,
     }
+
+
+def _read_state(proprio: str | list[float] | None, count: int) -> list[float] | None:
+    """The robot's state, of `count` numbers; None for policies that take none."""
+    parts = proprio.replace(",", " ").split() if isinstance(proprio, str) else proprio or []
+    try:
+        state = [float(part) for part in parts]
+    except ValueError as error:
+        raise ValueError(f"The robot's state must be numbers such as 0.1, 0.25, got {proprio!r}.") from error
+    if len(state) != count or not np.isfinite(state).all():
+        raise ValueError(
+            f"The policy takes {count or 'no'} finite numbers of the robot's state, got {len(state) or 'none'}: "
+            f"{proprio!r}."
+        )
+    return state or None
 
 
 def headers(steps: int) -> list[str]:
@@ -94,7 +121,7 @@ def trace(found: dict) -> list[tuple[int, float, str]]:
 def remark(found: dict) -> str:
     """What to know about this action, as Markdown: whose units, how long it took, and whether to trust it."""
     text = f"in the units of **{found['unnorm_key']}** · {found['milliseconds']:.0f} ms"
-    if count := sum(found["replaced"]):
+    if count := sum(found.get("replaced", ())):
         text += (
             f"\n\n⚠️ **The model preferred a token that is no action at {count} of {len(found['replaced'])} places;** "
             "the best action tokens were taken instead. The picture or the task is unlike the training data."
@@ -107,15 +134,15 @@ def build_app(model, processor):
     import gradio
     import pandas
 
-    keys, steps = sorted(model.norm_stats or {}), model.config.action_chunk
+    keys, steps, count = sorted(model.norm_stats or {}), model.config.action_chunk, processor.num_cameras
     is_folder = Path(model.name_or_path).exists()
     name = Path(model.name_or_path).name if is_folder else model.name_or_path
     title = name if is_folder else f"[{name}](https://huggingface.co/{name})"
 
     def answer(*values):
-        *images, instruction, unnorm_key = values
+        *images, instruction, unnorm_key = values[: count + 2]
         try:
-            found = act(model, processor, images, instruction, unnorm_key)
+            found = act(model, processor, images, instruction, unnorm_key, *values[count + 2 :])
         except (ValueError, KeyError, RuntimeError) as error:
             raise gradio.Error(str(error.args[0]), print_exception=False) from None
         stats = model.norm_stats[found["unnorm_key"]]["action"]
@@ -130,7 +157,6 @@ def build_app(model, processor):
         gradio.Markdown(f"# {title}\n{INTRODUCTION}")
         with gradio.Row():
             with gradio.Column(scale=2):
-                count = processor.num_cameras
                 labels = ["image"] if count == 1 else [f"camera {number + 1}" for number in range(count)]
                 # image_mode None: gradio would turn 16-bit pixels white, our processor refuses them
                 images = [gradio.Image(label=label, type="pil", image_mode=None, height=300) for label in labels]
@@ -138,6 +164,10 @@ def build_app(model, processor):
                 unnorm_key = gradio.Dropdown(
                     keys, value=keys[0] if len(keys) == 1 else None, label="dataset whose units the action takes"
                 )
+                state = []
+                if numbers := model.config.proprio_dim:
+                    label = f"the robot's state: {numbers} numbers in the units of that dataset"
+                    state = [gradio.Textbox(usual_state(model, keys), label=label)]
                 button = gradio.Button("act", variant="primary")
             with gradio.Column(scale=3):
                 # no buttons: they would cover what is drawn in the corner
@@ -150,13 +180,19 @@ def build_app(model, processor):
                     outputs.append(gradio.LinePlot(**columns, color_map=colors, y_lim=[-1, 1], label="chunk"))
                 with gradio.Accordion("all digits, as JSON", open=False):
                     outputs.append(gradio.JSON(show_label=False))
-        inputs = [*images, instruction, unnorm_key]
+        inputs = [*images, instruction, unnorm_key, *state]
         gradio.on([button.click, instruction.submit], answer, inputs, outputs, api_name="act")
         pictures = sorted(path for path in HERE.glob("examples/*") if path.suffix in (".png", ".jpg"))
         if pictures and count == 1:
             rows = [[str(path), path.stem.replace("_", " ")] for path in pictures]
             gradio.Examples(rows, [images[0], instruction], cache_examples=False)
     return app
+
+
+def usual_state(model, keys: list[str]) -> str:
+    """The mean of the only dataset's states, to begin with; nothing if there are several."""
+    mean = model.norm_stats[keys[0]].get("proprio", {}).get("mean", []) if len(keys) == 1 else []
+    return ", ".join(f"{value:.4g}" for value in mean)
 
 
 def load(model_id: str):

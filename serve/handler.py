@@ -155,7 +155,7 @@ class EndpointHandler:
         return images, instruction, self._read_state(observation)
 
     def _read_state(self, observation: dict) -> list[float] | None:
-        """`proprio` or `state` of an observation, for policies that take it. ValueError if it is not what they take."""
+        """`proprio` or `state` of an observation, for policies that take it; ValueError if it does not fit."""
         given, count = [name for name in STATE if name in observation], self.model.config.proprio_dim
         if not count and given:
             raise ValueError(f"This policy does not take the robot's state: leave {given[0]!r} out.")
