@@ -114,12 +114,14 @@ class CardFacts:
 
 @dataclass
 class Example:
-    """What the policy did once. `image`: RGB, cameras side by side; `action`: `(A,)` or `(T, A)`, physical units."""
+    """What the policy did once. `image`: RGB, cameras side by side; `action`: `(A,)` or `(T, A)`, physical units;
+    `proprio`: `(P,)`, physical units, for policies that take it."""
 
     image: Image.Image
     instruction: str
     unnorm_key: str
     action: np.ndarray
+    proprio: np.ndarray | None = None
 
 
 @dataclass
@@ -127,7 +129,8 @@ class Policy:
     """What the folder of a checkpoint tells.
 
     `parameters`, `dtypes`: how many numbers each part of the model has, and each dtype; `size`: their bytes.
-    `dims`, `stats`: `name_action_dims` and `ActionStats` per unnorm_key.
+    `dims`, `stats`: `name_action_dims` and `ActionStats` per unnorm_key. `states`: `ActionStats` of the robot's state,
+    where there are some of as many numbers as the policy takes.
     """
 
     config: object
@@ -139,6 +142,7 @@ class Policy:
     size: int
     dims: dict[str, list[tuple[str, str]]]
     stats: dict[str, object]
+    states: dict[str, object]
 
     @property
     def llm(self) -> str:
@@ -198,8 +202,14 @@ def read_policy(folder: Path) -> Policy:
     scheme = config.action_normalization
     dims = {key: name_action_dims(norm_stats, key) for key in norm_stats}
     stats = {key: ActionStats.from_norm_stats(norm_stats, key, scheme) for key in norm_stats}
+    states = {
+        key: ActionStats.from_norm_stats(norm_stats, key, scheme, "proprio")
+        for key, entry in norm_stats.items()
+        if config.proprio_dim and "proprio" in entry
+    }
+    states = {key: each for key, each in states.items() if each.dim == config.proprio_dim}
     processor = OpenVLAImageProcessor.from_pretrained(folder)
-    return Policy(config, processor, prompt, norm_stats, parameters, dtypes, size, dims, stats)
+    return Policy(config, processor, prompt, norm_stats, parameters, dtypes, size, dims, stats, states)
 
 
 def read_run(folder: Path) -> tuple[dict, list[dict]]:

@@ -58,6 +58,8 @@ camera gives them; the processor does the rest, as `preprocessor_config.json` de
 
 {actions}
 
+{state}
+
 ## Training
 
 {training}
@@ -103,6 +105,8 @@ The training data may carry terms of their own. The code is under the MIT licenc
 }}
 ```
 
+{citation}
+
 {origin}
 """
 
@@ -117,8 +121,20 @@ processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
 model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True, dtype=torch.{dtype})
 model = model.to(device).eval()
 prompt = processor.build_prompt({instruction})
-inputs = processor(prompt, {image}).to(device)
+{inputs}
 {act}"""
+
+CITATION_OFT = """\
+It decodes in parallel, after
+
+```bibtex
+@article{kim25openvlaoft,
+  title={Fine-Tuning Vision-Language-Action Models: Optimizing Speed and Success},
+  author={Kim, Moo Jin and Finn, Chelsea and Liang, Percy},
+  journal={arXiv preprint arXiv:2502.19645},
+  year={2025}
+}
+```"""
 
 LLAMA_NOTICE = """\
 Llama 2 is licensed under the LLAMA 2 Community License, Copyright (c) Meta Platforms, Inc. All Rights Reserved. These
@@ -146,6 +162,8 @@ def write_body(policy: Policy, facts: CardFacts, examples: Sequence[Example], na
         stages=_stages(policy),
         crop_hint=_crop_hint(policy),
         actions=_actions(policy),
+        state=_state(policy),
+        citation=CITATION_OFT if policy.config.attention != "causal" else "",
         training=_training(facts),
         evaluation=_evaluation(facts),
         notes=f"## Notes\n\n{without_paths(facts.notes.strip())}" if facts.notes.strip() else "",
@@ -174,6 +192,10 @@ def _overview(policy: Policy, facts: CardFacts) -> str:
     if config.action_head == "token":
         bins = "bins of equal population" if config.action_bins else "equal bins"
         head = f"each number one token, out of {config.n_action_bins} {bins} of its range"
+    if config.num_denoising_steps:
+        head += f", in {config.num_denoising_steps} steps from noise"
+    if config.attention != "causal":
+        head += f"; all numbers at once ({config.attention} attention)"
     towers = zip(config.timm_model_ids, config.image_sizes)
     llm, sizes = code(policy.llm, in_table=True), config.text_config
     parts = ", ".join(f"{escape(part)} {count:,}" for part, count in parameters.most_common())
@@ -194,8 +216,14 @@ def _overview(policy: Policy, facts: CardFacts) -> str:
 
 def _code_to_act(policy: Policy, facts: CardFacts, examples: Sequence[Example]) -> str:
     image, cameras = 'Image.open("frame.png").convert("RGB")', policy.config.num_cameras
+    inputs = f"inputs = processor(prompt, {image}).to(device)"
     if cameras > 1:
-        image = f'[Image.open(f"camera_{{number}}.png").convert("RGB") for number in range({cameras})]'
+        images = f'[Image.open(f"camera_{{number}}.png").convert("RGB") for number in range({cameras})]'
+        inputs = f"images = {images}\ninputs = processor(prompt, images).to(device)"
+    if policy.config.proprio_dim:
+        told = f"the robot's state: {policy.config.proprio_dim} numbers, in units of the dataset"
+        inputs = inputs.replace("inputs = ", f"state = {_some_state(policy, examples)}  # {told}\ninputs = ")
+        inputs = inputs.replace(").to(device)", ", state).to(device)")
     act = "# it has no statistics of actions: fine-tune it before it can act"
     if policy.norm_stats:
         keys = [examples[0].unnorm_key] if examples else list(policy.norm_stats)
@@ -212,9 +240,19 @@ def _code_to_act(policy: Policy, facts: CardFacts, examples: Sequence[Example]) 
         repository=_quoted(facts.repo_id or PLACEHOLDER),
         dtype=dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16",
         instruction=_quoted(one_line(examples[0].instruction) if examples else "pick up the cup"),
-        image=image,
+        inputs=inputs,
         act=act,
     )
+
+
+def _some_state(policy: Policy, examples: Sequence[Example]) -> str:
+    """What the first example has, or the mean of the only dataset, or zeros."""
+    state = [0.0] * policy.config.proprio_dim
+    if examples and examples[0].proprio is not None:
+        state = examples[0].proprio
+    elif len(policy.norm_stats) == 1:
+        state = next(iter(policy.norm_stats.values())).get("proprio", {}).get("mean", state)
+    return f"[{', '.join(f'{value:.4g}' for value in state)}]"
 
 
 def _quoted(text: str) -> str:
@@ -227,9 +265,15 @@ def _usage(policy: Policy, facts: CardFacts) -> str:
     if len(policy.norm_stats) > 1:
         told += (
             "`unnorm_key` says which dataset's statistics turn the answer into motion: that of your robot and its "
-            f"controller. There are {len(policy.norm_stats)}, listed below."
+            f"controller. There are {len(policy.norm_stats)}, listed below. "
         )
-    return told
+    if policy.config.num_denoising_steps:
+        told += (
+            "Its head starts from noise, so the same picture gives somewhat other motions each time; "
+            "`generator=torch.Generator().manual_seed(0)` repeats one. Fewer `num_denoising_steps` are faster and "
+            "coarser."
+        )
+    return told.strip()
 
 
 def _examples(policy: Policy, examples: Sequence[Example]) -> str:
@@ -246,6 +290,8 @@ def _examples(policy: Policy, examples: Sequence[Example]) -> str:
             for index, (name, unit) in enumerate(policy.dims[example.unnorm_key])
         ]
         blocks.append(f'**"{escape(example.instruction)}"**, in units of {code(example.unnorm_key)}:')
+        if example.proprio is not None:
+            blocks.append(f"The robot's state: {', '.join(f'{value:.4g}' for value in example.proprio)}.")
         blocks.append(f"![The picture, and the motion predicted for it](assets/example-{number}.png)")
         blocks.append(table(["dim", *values, "unit"], rows))
         if len(actions) > MOST_STEPS:
@@ -260,7 +306,8 @@ def _examples(policy: Policy, examples: Sequence[Example]) -> str:
 # --- What goes in and comes out --------------------------------------------------------------------------------------
 def _cameras(policy: Policy, facts: CardFacts) -> str:
     if cameras := [str(camera) for camera in listed(facts.training.get("cameras"))]:
-        return f"It was trained on {', '.join(map(code, cameras))}."
+        ordered = ", in this order" if policy.config.num_cameras > 1 else ""
+        return f"It was trained on {', '.join(map(code, cameras))}{ordered}."
     asked = "Which camera that was" if policy.config.num_cameras == 1 else "Which cameras those were, in which order,"
     return f"{asked} is not recorded."
 
@@ -310,6 +357,8 @@ def _actions(policy: Policy) -> str:
     for key, entry in policy.norm_stats.items():
         rate, amounts = policy.rate(key), [entry.get("num_trajectories"), entry.get("num_transitions")]
         amounts = [f"{amount:,}" if amount else "unknown" for amount in amounts]
+        if policy.config.action_chunk > 1:
+            amounts.insert(0, f"{policy.config.action_chunk / rate:.3g} s" if rate else "unknown")
         told = [str(len(policy.dims[key])), f"{rate:g} Hz" if rate else "unknown", *amounts, _gripper(policy, key)]
         rows.append([code(key, in_table=True), *told])
         block = f"{_convention(policy, key)}\n\n{_dims(policy, key)}"
@@ -326,11 +375,34 @@ def _actions(policy: Policy) -> str:
         [
             "The policy answers in numbers from -1 to 1. The statistics of a dataset turn them into its units: -1 and "
             f"1 become its {' and '.join(ENDS[policy.config.action_normalization])}. Unscaled dims stay as they are.",
-            table(["unnorm_key", "dims", "rate", "episodes", "steps", "gripper"], rows),
+            table(["unnorm_key", "dims", "rate", *["a chunk"] * (chunk > 1), "episodes", "steps", "gripper"], rows),
             f"The rate is that of the data. {pace}: otherwise the robot moves faster or slower than it was shown."
             f"{unknown}",
             *blocks,
         ]
+    )
+
+
+def _state(policy: Policy) -> str:
+    """What the numbers of the robot's state are, as far as it is known."""
+    if not policy.config.proprio_dim or not policy.norm_stats:
+        return ""
+    blocks, names = [], ENDS[policy.config.action_normalization]
+    for key, entry in policy.norm_stats.items():
+        stats = policy.states.get(key)
+        if stats is None:
+            blocks.append(f"**{code(key)}** has no statistics of it: the policy does not act with this dataset's.")
+            continue
+        told = list(entry["proprio"].get("names", [])) or [f"state {number}" for number in range(stats.dim)]
+        rows = [[escape(name), f"{low:.5g}", f"{high:.5g}"] for name, low, high in zip(told, stats.low, stats.high)]
+        blocks.append(f"**{code(key)}**:\n\n{table(['dim', *names], rows)}")
+    body = "\n\n".join(blocks)
+    if len(blocks) > MOST_OPEN:
+        body = f"<details>\n<summary>of each dataset</summary>\n\n{body}\n\n</details>"
+    return (
+        f"## The robot's state\n\nThe policy takes {policy.config.proprio_dim} numbers of it, in the order and the "
+        "units of the data it was trained on. Pass them as they are: `predict_action` brings what lies between the "
+        f"values below to [-1, 1], and clips what lies beyond.\n\n{body}"
     )
 
 

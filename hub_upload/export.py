@@ -249,6 +249,21 @@ def steps_of(
     return chosen
 
 
+def side_by_side(images: list):
+    """What all cameras see as one `PIL.Image`, as high as the first."""
+    from PIL import Image
+
+    pictures = [Image.fromarray(image) for image in images]
+    height = pictures[0].height
+    pictures = [picture.resize((round(picture.width * height / picture.height), height)) for picture in pictures]
+    whole = Image.new("RGB", (sum(picture.width for picture in pictures), height))
+    left = 0
+    for picture in pictures:
+        whole.paste(picture, (left, 0))
+        left += picture.width
+    return whole
+
+
 def export(
     source: Source,
     out: Path,
@@ -271,7 +286,6 @@ def export(
     """
     import torch
     import transformers
-    from PIL import Image
 
     from openvla.action_tokenizer import resolve_unnorm_key
     from openvla.configuration_openvla import OpenVLAConfig
@@ -316,9 +330,9 @@ def export(
             }
             record, actions = prove(folder.absolute(), told, examples + made, written["same_weights"])
             record |= {"torch": torch.__version__, "transformers": transformers.__version__}
-        shown = [  # of several cameras the first, which shows the scene
-            Example(Image.fromarray(example.images[0]), example.instruction, example.unnorm_key, action)
-            for example, action in zip(examples, actions)
+        shown = [
+            Example(side_by_side(each.images), each.instruction, each.unnorm_key, action, each.proprio)
+            for each, action in zip(examples, actions)
         ]
         write_card(folder, facts, shown)
         validate_card(folder / "README.md")

@@ -101,8 +101,7 @@ def main() -> None:
         images = [np.load(file) for file in observation["images"]]
         inputs = processor(processor.build_prompt(observation["instruction"]), [images], observation["proprio"])
         options = {"noise": noise_for(model, number), "unnorm_key": observation["unnorm_key"], "return_dict": True}
-        with torch.no_grad():
-            output = model.predict_action(**inputs, **options)
+        output = model.predict_action(**inputs, **options)
         found[f"action.{number}"] = output["actions"]
         tokens = None
         if "token_ids" in output:

@@ -52,8 +52,6 @@ def act(
     "dims": [(name, unit)], "token_ids": [T·A], "replaced": [T·A] bool, "milliseconds"}`, without the two about tokens
     for continuous heads. ValueError, KeyError or RuntimeError say what is wrong; there is no default action.
     """
-    import torch
-
     if missing := [f"{number}" for number, image in enumerate(images, start=1) if image is None]:
         raise ValueError(f"The policy needs {len(images)} image(s); number {', '.join(missing)} is missing.")
     actions_module = sys.modules[type(model.action_tokenizer).__module__]  # `action_tokenizer.py` of this very model
@@ -61,8 +59,7 @@ def act(
     state = _read_state(proprio, model.config.proprio_dim)
     start = time.perf_counter()
     inputs = processor(processor.build_prompt(instruction), [images], state).to(model.device)
-    with torch.no_grad():
-        result = model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True)
+    result = model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True)
     milliseconds = round(1000 * (time.perf_counter() - start), 1)
     dims = actions_module.name_action_dims(model.norm_stats, unnorm_key)
     actions = result["actions"].reshape(-1, len(dims))

@@ -106,7 +106,7 @@ class EndpointHandler:
         inputs = self.processor(prompts, images, states).to(self.model.device)
 
         # 2. Actions
-        with self.one_at_a_time, torch.no_grad():
+        with self.one_at_a_time:
             result = self.model.predict_action(**inputs, unnorm_key=unnorm_key, return_dict=True, **parameters)
         actions = result["actions"] if len(batch) > 1 else result["actions"][None]
         if not np.isfinite(actions).all():
@@ -192,8 +192,7 @@ class EndpointHandler:
             inputs = self.processor(prompt, [[scene] * self.processor.num_cameras]).to(self.model.device)
             if config.proprio_dim:
                 options["proprio"] = torch.zeros(1, config.proprio_dim, device=self.model.device)
-            with torch.no_grad():
-                output = self.model.sample_actions(**inputs, **options)
+            output = self.model.sample_actions(**inputs, **options)
             states.append(output.hidden_states[0, 0].float())
         change = ((states[1] - states[0]).norm() / states[0].norm()).item()
         if not change > 1e-6:  # also when NaN

@@ -71,8 +71,7 @@ def main(argv: list[str]) -> None:
     inputs = processor(processor.build_prompt(args.instruction), args.image, args.proprio, **crop).to(device)
     generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
     options = {"unnorm_key": unnorm_key, "strict": args.strict, "generator": generator, "return_dict": True}
-    with torch.no_grad():
-        result = model.predict_action(**inputs, **options)
+    result = model.predict_action(**inputs, **options)
 
     dims = name_action_dims(model.norm_stats, unnorm_key)
     chunk = result["actions"].reshape(-1, len(dims))  # (T, A)

@@ -88,6 +88,17 @@ MISTAKES = {
     "HDF5's gripper not turned round": ("evaluate/baselines.py", "not isinstance(reader, HDF5Reader)", "True"),
     "expert not in tokens": ("evaluate/baselines.py", "through_tokens(np.stack(actions), self.stats)", "actions"),
     "90 % for 95 %": ("evaluate/report.py", "1.959963984540054", "1.644853626951472"),
+    "adapter's head forgotten": ("hub_upload/merge.py", 'if any(each in f".{name}" for each in whole)', "if False"),
+    "proof deaf to the state": (
+        "hub_upload/trial.py",
+        "torch.where(proprio > 0, proprio - 1, proprio + 1)",
+        "proprio",
+    ),
+    "proof of half an action": ("hub_upload/proof.py", "ACTION_RANGE = 2.0", "ACTION_RANGE = 4.0"),
+    "LoRA of FiLM's towers not scaled": ("oft_files.py", "scale * up @ down", "up @ down"),
+    "one key names the robot": ("oft_files.py", "and all(key.startswith(name)", "and any(key.startswith(name)"),
+    "statistics left on the Hub": ("oft_files.py", "ADAPTER, STATISTICS)", "ADAPTER)"),
+    "state not asked for": ("serve/handler.py", "if self.model.config.proprio_dim else None", "if False else None"),
     "job of a dead process lost": ("evaluate/processes.py", "pending.appendleft(job)", "pass"),
     "oldest chunk weighs least": ("serve/action_queue.py", "np.exp(-self.ensemble", "np.exp(self.ensemble"),
     "gripper averaged": (
@@ -101,7 +112,7 @@ MISTAKES = {
     "what is no action is right": ("evaluate/offline.py", '& ~output["replaced"]', ""),
 }
 EVALUATING = ("envs", "envs_metaworld", "rollout", "demos", "report", "offline")
-SERVING = ("policy", "action_queue", "client")
+SERVING = ("policy", "action_queue", "client", "handler")
 PUBLISHING = ("convert", "export", "hub_server", "upload", "model_card", "handler", "app", "drawing")
 
 

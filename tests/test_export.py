@@ -531,6 +531,10 @@ def test_a_policy_with_all_its_parts(kind, converted, frames, tmp_path, capsys):
     actions = model.predict_action(**inputs, unnorm_key="toy_robot", noise=noise)
     card = (out / "README.md").read_text()
     assert f"| {actions[0, 0]:.4f} | {actions[1, 0]:.4f} |" in card
+    assert ("state = [0.1, -0.2, 0.3, 0, 0.1, 0.2, 0.5, 0.5]  # the robot's state: 8" in card) == bool(state_of(kind))
+    first, second = (Image.open(frame).size for frame in frames)
+    width = first[0] + round(second[0] * first[1] / second[1])
+    assert Image.open(out / "assets" / "observation-1.png").size == (width, first[1])
 
 
 def test_examples_need_what_the_policy_takes(converted, frames, tmp_path):

@@ -19,6 +19,7 @@ from PIL import Image
 import openvla
 from openvla.action_tokenizer import name_action_dims
 from openvla.finetune.oxe import ACTIONS
+from openvla.hub_upload import convert
 from openvla.hub_upload.card_facts import CONTROL_RATES, hub_id
 from openvla.hub_upload.card_text import clean_command, code, escape, without_paths
 from openvla.hub_upload.model_card import (
@@ -392,11 +393,15 @@ def test_a_policy_without_statistics_is_a_start(folder):
 
 
 def test_chunks_and_cameras(folder, example):
-    change(folder / "config.json", num_cameras=2, action_chunk=10, action_head="l1")
+    fields = {"num_cameras": 2, "action_chunk": 10, "action_head": "l1", "action_dim": 7, "action_slot_id": 32002}
+    change(folder / "config.json", attention="bidirectional", **fields)
     data, text = write(folder, [Example(example.image, "pour", "bridge_orig", np.tile(ACTION, (10, 1)))])
     assert "action-chunking" in data["tags"]
     assert "for number in range(2)]" in text and "# (10, 7): x y z" in text
-    assert facts_of(text)["answers"] == "10 steps (a chunk) at a time, by a head of the kind `l1`"
+    assert (
+        facts_of(text)["answers"]
+        == "10 steps (a chunk) at a time, by a head of the kind `l1`; all numbers at once (bidirectional attention)"
+    )
     assert "| dim | step 1 |" in text and "| step 8 | unit |" in text and "The first 8 of 10 steps." in text
     assert facts_of(text)["takes"] == "2 camera pictures, in a fixed order, and an instruction"
     text = " ".join(text.split())
@@ -418,6 +423,95 @@ def test_the_state_of_the_robot_is_not_forgotten(folder):
     _, text = write(folder)
     assert facts_of(text)["takes"] == "a camera picture and an instruction, and 8 numbers of the robot's state"
     assert "comes from the robot's present state, the present picture and the instruction alone" in text
+
+
+@pytest.fixture(scope="module")
+def parallel(oft_folder, tmp_path_factory):
+    """`parallel(head)`: a converted policy of two cameras, chunks of 8 and a state, with statistics of `toy_robot`."""
+    folders = {}
+
+    def folder(head: str = "l1") -> Path:
+        if head not in folders:
+            folders[head] = tmp_path_factory.mktemp("parallel") / "arm"
+            convert.main([str(oft_folder(head)), str(folders[head]), "--chunk", "8", "--cameras", "2"])
+            stats = json.loads((folders[head] / "dataset_statistics.json").read_text())["toy_robot"]
+            (folders[head] / "dataset_statistics.json").write_text(json.dumps({"toy_robot": stats}))
+        return folders[head]
+
+    return folder
+
+
+STATE = np.array([0.1, -0.2, 0.3, 0.0, 0.1, 0.2, 0.5, 0.25])
+
+
+def test_a_chunk_a_state_and_the_order_of_cameras_are_told(parallel, images):
+    folder = parallel()
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["toy_robot"]
+    stats["control_frequency"] = 20
+    (folder / "dataset_statistics.json").write_text(json.dumps({"toy_robot": stats}))
+    picture = images[0].convert("RGB").resize((256, 96))
+    example = Example(picture, "pour", "toy_robot", np.tile(ACTION, (8, 1)), STATE)
+    data, text = write(folder, [example], training=RUN | {"cameras": ["front", "wrist"]})
+    assert "action-chunking" in data["tags"]
+    facts = facts_of(text)
+    assert facts["takes"].endswith("and an instruction, and 8 numbers of the robot's state")
+    assert facts["answers"].endswith("of the kind `l1`; all numbers at once (bidirectional attention)")
+    assert "trained on `front`, `wrist`, in this order." in text and "arXiv:2502.19645" in text
+    assert "noise" not in text
+    header, _, row = next(each for each in tables(text) if each[0][0].strip() == "unnorm_key")
+    assert [cell.strip() for cell in header[:4]] == ["unnorm_key", "dims", "rate", "a chunk"]
+    assert [cell.strip() for cell in row[:4]] == ["`toy_robot`", "7", "20 Hz", "0.4 s"]
+    (table,) = tables(text.partition("## The robot's state")[2].partition("## Training")[0])
+    low, high = stats["proprio"]["q01"], stats["proprio"]["q99"]
+    expected = [[f"state {n}", f"{low[n]:.5g}", f"{high[n]:.5g}"] for n in range(8)]
+    assert [[cell.strip() for cell in cells] for cells in table[2:]] == expected
+    assert "The robot's state: 0.1, -0.2, 0.3, 0, 0.1, 0.2, 0.5, 0.25." in text
+    assert "| dim | step 1 |" in text and "| step 8 | unit |" in text
+    assert Image.open(folder / "assets" / "observation-1.png").size == (256, 96)
+    stats["proprio"]["names"] = [f"joint {n}" for n in range(8)]
+    (folder / "dataset_statistics.json").write_text(
+        json.dumps(
+            {
+                "toy_robot": stats,
+                "other": {**stats, "proprio": {name: values[:7] for name, values in stats["proprio"].items()}},
+            }
+        )
+    )
+    _, text = write(folder)
+    assert "| joint 7 |" in text and "**`other`** has no statistics of it" in text
+
+
+def test_heads_that_start_from_noise_are_told(parallel):
+    _, text = write(parallel("diffusion"))
+    assert facts_of(text)["answers"].startswith(
+        "8 steps (a chunk) at a time, by a head of the kind `diffusion`, in 50"
+    )
+    assert "starts from noise" in text and "generator=torch.Generator().manual_seed(0)" in text
+
+
+def test_the_code_on_the_card_of_such_a_policy_acts(parallel, images, tmp_path):
+    folder = parallel("l1")
+    stats = json.loads((folder / "dataset_statistics.json").read_text())["toy_robot"]
+    stats["proprio"].pop("names", None)
+    (folder / "dataset_statistics.json").write_text(json.dumps({"toy_robot": stats}))
+    _, text = write(folder)
+    mean = ", ".join(f"{value:.4g}" for value in stats["proprio"]["mean"])
+    assert f"state = [{mean}]  # the robot's state: 8 numbers" in text
+    script = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)[1]
+    script = script.replace('"your-name/your-policy"', repr(str(folder))).replace("bfloat16", "float32")
+    frames = [image.convert("RGB") for image in images[:2]]
+    for number, frame in enumerate(frames):
+        frame.save(tmp_path / f"camera_{number}.png")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = f"import sys\nsys.modules['openvla'] = None\n{script}\nprint(action.tolist())"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    model, processor = openvla.load(folder, dtype=torch.float32)
+    state = [float(f"{value:.4g}") for value in stats["proprio"]["mean"]]
+    inputs = processor(processor.build_prompt("pick up the cup"), frames, state)
+    expected = model.predict_action(**inputs, unnorm_key="toy_robot")
+    np.testing.assert_allclose(json.loads(done.stdout.splitlines()[-1]), expected, rtol=0, atol=1e-6)
 
 
 # --- The code on the card ---
