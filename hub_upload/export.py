@@ -47,10 +47,11 @@ class Source:
 
     @property
     def config(self) -> Path:
-        """Folder whose config.json describes the policy: that of an adapter, which may have a head of its own, if it
-        brings one."""
-        has_own = self.adapter is not None and (self.adapter / "config.json").exists()
-        return self.adapter if has_own else self.weights
+        """What describes the policy: the adapter's own file, for it may bring a head, or the folder of the weights."""
+        from openvla.pretrained_openvla import ADAPTER_CONFIG
+
+        own = self.adapter and self.adapter / ADAPTER_CONFIG
+        return own if own and own.exists() else self.weights
 
     def __str__(self) -> str:
         return f"{self.adapter}, merged into {self.weights}" if self.adapter else str(self.weights)
