@@ -20,6 +20,7 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_openvla import RESIZE_STRATEGIES, OpenVLAConfig
+from .oft_files import HUB_KEYS
 from .tf_image_ops import center_crop, jpeg_round_trip, lanczos3_resize
 
 IMAGE_TOKEN = "<image>"
@@ -249,8 +250,7 @@ class OpenVLAProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """Loads a processor; what old files do not declare (prompt, patches, cameras) comes from `config.json`."""
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub_kwargs = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-        hub_kwargs = {key: kwargs[key] for key in hub_kwargs if key in kwargs}
+        hub_kwargs = {key: kwargs[key] for key in (*HUB_KEYS, "force_download", "subfolder") if key in kwargs}
         declared, _ = cls.get_processor_dict(pretrained_model_name_or_path, **hub_kwargs)
         if "num_patches" not in declared:
             # The chunk, which OpenVLA-OFT's files do not tell, is not the processor's business.

@@ -43,6 +43,22 @@ def test_the_loader_finds_exactly_the_imports_there_are(path):
     assert sorted(found) == sorted(written)
 
 
+def relative_imports(name: str) -> set[str]:
+    nodes = imports(ROOT / f"{name}.py")
+    return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level}
+
+
+def test_what_is_loaded_first_imports_itself_all_it_needs():
+    # 4.57 copies of a local folder the files that one imports, but not what those import; configurations come first
+    def needed(name: str) -> set[str]:
+        return set().union({name}, *(needed(other) for other in relative_imports(name)))
+
+    ready = needed("configuration_openvla")
+    assert ready == {"configuration_openvla"} | relative_imports("configuration_openvla")
+    assert needed("processing_openvla") == {"processing_openvla"} | relative_imports("processing_openvla")
+    assert needed("modeling_openvla") - ready == ({"modeling_openvla"} | relative_imports("modeling_openvla")) - ready
+
+
 @pytest.mark.parametrize("path", HUB_FILES, ids=lambda path: path.name)
 def test_no_isinstance_on_our_own_classes(path):
     # from a local folder, transformers 5 imports each file on its own: the same class exists twice
