@@ -215,7 +215,8 @@ def _normal(like: torch.Tensor, generator: torch.Generator | None) -> torch.Tens
 
 
 def _mean(errors: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
-    """Mean over `errors` `(B, T, A)`, of the steps that are `counted` `(B, T)`."""
+    """Mean over `errors` `(B, T, A)`; steps that are not `counted` `(B, T)` count as without error. So every other one
+    weighs the same, in whatever batches it comes."""
     if counted is None:
         return errors.mean()
-    return errors[counted].mean()
+    return (errors * counted[..., None]).sum() / errors.numel()

@@ -68,7 +68,7 @@ MISTAKES = {
         "FLOW_TIME_SCALE * step / steps",
         "FLOW_TIME_SCALE * (1 - step / steps)",
     ),
-    "chunks past the end are scored": ("action_heads.py", "return errors[counted].mean()", "return errors.mean()"),
+    "chunks past the end are scored": ("action_heads.py", "(errors * counted[..., None]).sum()", "errors.sum()"),
     "chunks end anywhere": ("finetune/steps.py", "else chunk - 1", "else 0"),
     "wrong quantile": ("finetune/statistics.py", "np.quantile(values, 0.99", "np.quantile(values, 0.999"),
     "Bridge off by a step": ("finetune/oxe.py", "reached[1:] - reached[:-1]", "reached[:-1] - reached[1:]"),

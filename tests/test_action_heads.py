@@ -149,7 +149,13 @@ def test_losses_count_what_is_counted(head, actions):
     said = head(hidden)
     error = (said - actions).abs() if isinstance(head, L1ActionHead) else (said - actions) ** 2
     assert head.loss(hidden, actions).item() == pytest.approx(error.mean().item(), rel=1e-5)
-    assert head.loss(hidden, actions, counted).item() == pytest.approx(error[:, :2].mean().item(), rel=1e-5)
+    assert head.loss(hidden, actions, counted).item() == pytest.approx(
+        error[:, :2].sum().item() / error.numel(), rel=1e-5
+    )
+    # in one batch or in several, the same
+    counted = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True, True, True]])
+    parts = [head.loss(hidden[row : row + 1], actions[row : row + 1], counted[row : row + 1]) for row in range(4)]
+    assert head.loss(hidden, actions, counted).item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
 
 
 def test_each_step_is_read_from_its_own_slots():

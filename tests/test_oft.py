@@ -239,6 +239,15 @@ def test_with_causal_attention_forced_the_originals_actions_are_lost(oft_folder,
     assert np.abs(wrong - oft_recorded["inputs"][0]["actions_l1_proprio_fp32"]).max() > 0.01
 
 
+def test_flash_attention_is_told_to_see_everything(checkpoint):
+    def causal(attention: str, head: str) -> set[bool]:
+        layers = small(attention, head, checkpoint).model.language_model.layers
+        return {layer.self_attn.is_causal for layer in layers}
+
+    assert causal("bidirectional", "l1") == {False}  # which is all that its kernels go by
+    assert causal("causal", "token") == {True}
+
+
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 def test_attention_implementations_agree(implementation, oft_folder, observe, oft_recorded):
     policy = openvla.load(oft_folder(), dtype=torch.float32, action_chunk=8, num_cameras=2)
