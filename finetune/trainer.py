@@ -43,6 +43,8 @@ class ActionTrainer(SFTTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        # each process draws noise of its own; what is the same in all was drawn before
+        torch.manual_seed(self.args.seed + self.accelerator.process_index)
         self.validation = validation
         self.decay_steps = decay_steps
         self.average = average

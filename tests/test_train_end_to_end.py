@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -463,6 +464,20 @@ cli.main(["--traceback", "finetune", *sys.argv[1:]])
 """
 
 
+def in_two_processes(folder: Path, way: str, policy, data, *options: str) -> None:
+    """Runs `openvla finetune` with DDP or FSDP2 on gloo; `options` come after the usual ones."""
+    script = folder / "finetune.py"
+    script.write_text(FSDP_ON_CPU)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    if way == "fsdp2":
+        settings = yaml.safe_load((Path(sft.__file__).parent / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+        environment |= {key.upper(): str(value) for key, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command += ["--model", str(policy), "--data", str(data), *OPTIONS, *options]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0, [line for line in done.stderr.decode().splitlines() if "Error" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, way, head",
@@ -477,18 +492,7 @@ def test_two_processes_learn_as_one(mode, way, head, policy, data, tmp_path):
     options += ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--lr_scheduler_type", "cosine"]
     one, two = tmp_path / "one", tmp_path / "two"
     expected = finetune(policy, data, one, *options, "--per_device_train_batch_size", "4")
-    script = tmp_path / "finetune.py"
-    script.write_text(FSDP_ON_CPU)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    if way == "fsdp2":
-        settings = yaml.safe_load((Path(sft.__file__).parent / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-        environment |= {key.upper(): str(value) for key, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command += ["--model", str(policy), "--data", str(data), *OPTIONS, *options]
-
-    def run(*more):
-        done = subprocess.run([*command, "--output_dir", str(two), *more], env=environment, capture_output=True)
-        assert done.returncode == 0, [line for line in done.stderr.decode().splitlines() if "Error" in line]
+    run = partial(in_two_processes, tmp_path, way, policy, data, *options, "--output_dir", str(two))
 
     run()
     np.testing.assert_allclose(losses(two), expected, rtol=1e-4)
@@ -513,3 +517,12 @@ def test_two_processes_learn_as_one(mode, way, head, policy, data, tmp_path):
     shutil.rmtree(two / "checkpoint-4")
     run("--resume", "true")
     np.testing.assert_allclose(losses(two), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_each_process_draws_noise_of_its_own(policy, data, tmp_path):
+    options = ["--head", "flow", "--chunk", "2", "--max_steps", "1", "--save_steps", "1"]
+    in_two_processes(tmp_path, "ddp", policy, data, *options, "--output_dir", str(tmp_path / "run"))
+    files = [tmp_path / "run" / "checkpoint-1" / f"rng_state_{rank}.pth" for rank in (0, 1)]
+    first, second = (torch.load(file, weights_only=False)["cpu"] for file in files)
+    assert not torch.equal(first, second)
