@@ -112,11 +112,8 @@ class DiffusionActionHead(nn.Module):
     def loss(self, hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
         return _mean((self(hidden) - target).square(), counted)
 
-    def sample(self, slots: Slots, noise: torch.Tensor, steps: int | None = None) -> torch.Tensor:
+    def sample(self, slots: Slots, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """Actions from `noise` `(B, T, A)` float32 in `steps` equal strides, a divisor of 50."""
-        steps = steps or DIFFUSION_STEPS
-        if DIFFUSION_STEPS % steps:
-            raise ValueError(f"Diffusion takes a divisor of {DIFFUSION_STEPS} as its number of steps, got {steps}.")
         shares, stride, noisy = signal_share(noise.device), DIFFUSION_STEPS // steps, noise
         for time in reversed(range(0, stride * steps, stride)):
             predicted = self(slots(noisy, noise.new_full((len(noise),), time)))
@@ -147,9 +144,9 @@ class FlowActionHead(nn.Module):
     def loss(self, hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
         return _mean((self(hidden) - target).square(), counted)
 
-    def sample(self, slots: Slots, noise: torch.Tensor, steps: int | None = None) -> torch.Tensor:
+    def sample(self, slots: Slots, noise: torch.Tensor, steps: int) -> torch.Tensor:
         """Actions from `noise` `(B, T, A)` float32 in `steps` Euler steps."""
-        steps, actions = steps or 10, noise
+        actions = noise
         for step in range(steps):
             times = noise.new_full((len(noise),), FLOW_TIME_SCALE * step / steps)
             actions = actions + self(slots(actions, times)) / steps

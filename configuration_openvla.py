@@ -293,7 +293,8 @@ class OpenVLAConfig(PretrainedConfig):
         self.num_cameras = num_cameras
         self.film = film
         self.film_counts_padding = film_counts_padding
-        self.num_denoising_steps = num_denoising_steps or DENOISING_STEPS.get(action_head)
+        steps = DENOISING_STEPS.get(action_head) if num_denoising_steps is None else num_denoising_steps
+        self.num_denoising_steps = steps
         if action_slot_id is None and attention != "causal":
             action_slot_id = self.image_token_id + 1
         self.action_slot_id = action_slot_id
@@ -345,15 +346,15 @@ class OpenVLAConfig(PretrainedConfig):
             raise ValueError(f"Both towers must give the same number of patches, got {self.vision_towers}.")
 
     def _check_parallel_decoding(self) -> None:
-        head, attention, steps = self.action_head, self.attention, self.num_denoising_steps
-        denoises = head in DENOISING_STEPS
+        head, attention = self.action_head, self.attention
+        self.choose_denoising_steps()
         if attention == "causal":
             if head != "token":
                 raise ValueError(f"action_head {head!r} reads all actions at once: attention cannot be 'causal'.")
             if self.film:
                 raise ValueError("film needs parallel decoding: towers run once, but causal text goes on growing.")
             return
-        if attention == "prefix" and not denoises:
+        if attention == "prefix" and not self.denoises:
             raise ValueError(
                 f"attention 'prefix' is for heads that denoise ({sorted(DENOISING_STEPS)}); {head!r} takes one pass, "
                 "in which 'bidirectional' costs no more."
@@ -365,8 +366,26 @@ class OpenVLAConfig(PretrainedConfig):
                 f"action_slot_id {self.action_slot_id} needs a row in the embedding table, which has "
                 f"{self.text_config.vocab_size}: resize it to a multiple of 64."
             )
-        if denoises and (not isinstance(steps, int) or steps < 1 or (head == "diffusion" and 50 % steps)):
-            raise ValueError(f"num_denoising_steps must be positive, for diffusion a divisor of 50; got {steps!r}.")
+
+    @property
+    def denoises(self) -> bool:
+        """Whether actions are made from noise, and depend on it."""
+        return self.action_head in DENOISING_STEPS
+
+    def choose_denoising_steps(self, steps: int | None = None) -> int | None:
+        """In how many steps to act: as many as given, or as the policy declares; None for heads that do not denoise.
+
+        Raises ValueError for what the head cannot do.
+        """
+        steps = self.num_denoising_steps if steps is None else steps
+        if not self.denoises:
+            if steps is not None:
+                raise ValueError(f"num_denoising_steps would do nothing: a head {self.action_head!r} has none.")
+            return None
+        whole = isinstance(steps, int) and steps >= 1
+        if not whole or (self.action_head == "diffusion" and DENOISING_STEPS["diffusion"] % steps):
+            raise ValueError(f"num_denoising_steps must be from 1, for diffusion a divisor of 50; got {steps!r}.")
+        return steps
 
     @property
     def has_time_token(self) -> bool:

@@ -90,9 +90,8 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         self.projector = OpenVLAProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         dim = config.text_config.hidden_size
-        denoises = config.action_head in ("diffusion", "flow")
         self.proprio_projector = ProprioProjector(config.proprio_dim, dim) if config.proprio_dim else None
-        self.noisy_action_projector = NoisyActionProjector(dim, not config.has_time_token) if denoises else None
+        self.noisy_action_projector = NoisyActionProjector(dim, not config.has_time_token) if config.denoises else None
         film = [layer for name, layer in self.vision_backbone.named_modules() if name.endswith((".scale", ".shift"))]
         _start_as_in_torch(self.proprio_projector, self.noisy_action_projector, *film)
         if config.attention == "bidirectional":  # what flash attention goes by; the others get a mask
@@ -484,7 +483,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             proprio: `(B, config.proprio_dim)` or `(config.proprio_dim,)`, in the units of the dataset.
             do_sample, temperature, top_p: sample among action tokens instead of taking the best.
             num_denoising_steps: of heads that denoise; None: as the checkpoint declares.
-            noise: `(B, T, A)` float32, what they start from; None: drawn from `generator`.
+            noise: `(B, T, A)` float32, what they start from (see `draw_noise`); None: drawn from `generator`.
             generator: of whatever is drawn; on the CPU for noise.
             strict: raise RuntimeError when the language model prefers a token that is not an action, instead of
                 taking the best action token and warning.
@@ -523,6 +522,24 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return actions
         names = [name for name in ("token_ids", "log_probs", "replaced") if getattr(output, name) is not None]
         return {"actions": actions, **{name: getattr(output, name).cpu().numpy() for name in names}}
+
+    def draw_noise(self, seeds: list) -> torch.Tensor | None:
+        """What heads that denoise start from, `(B, T, A)` float32: one seed per observation, whose noise does not
+        depend on the others. None for other heads.
+
+        Args:
+            seeds: what `numpy.random.default_rng` takes: an integer, several, or None for fresh noise.
+        """
+        if not self.config.denoises:
+            return None
+        rows = []
+        for seed in seeds:
+            try:
+                numbers = np.random.default_rng(seed)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"A seed is an integer from 0, or several of them; got {seed!r}.") from error
+            rows.append(numbers.standard_normal((self.config.action_chunk, self.config.action_dim), np.float32))
+        return torch.from_numpy(np.stack(rows))
 
     def _normalize_proprio(self, proprio: np.ndarray | torch.Tensor, unnorm_key: str | None) -> torch.Tensor:
         """`(B, P)` float32 in [-1, 1], clipped, on the model's device. Dims that never change in the dataset are 0, as
@@ -583,6 +600,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError(f"Sampling needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
         if do_sample and self.action_head is not None:
             raise ValueError(f"do_sample is for the token head; {self.config.action_head!r} has no tokens.")
+        num_denoising_steps = self.config.choose_denoising_steps(num_denoising_steps)
         if pixel_values is None or input_ids is None:
             raise ValueError("An action needs both input_ids and pixel_values: pass the processor's whole output.")
         input_ids, mask = self._pack_prompts(input_ids, attention_mask)
@@ -670,7 +688,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             hidden = run(noisy, times)
             return hidden
 
-        actions = self.action_head.sample(slots, noise.float(), steps or self.config.num_denoising_steps)
+        actions = self.action_head.sample(slots, noise.float(), steps)
         if not actions.isfinite().all():
             raise RuntimeError(
                 "The action head's output holds NaN or infinity: broken weights, broken pixel_values, or an overflow "

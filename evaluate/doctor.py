@@ -151,12 +151,12 @@ def check_senses(model, processor, unnorm_key: str | None) -> list[Check]:
             inputs["proprio"] = torch.full((len(some_prompts), config.proprio_dim), state, device=model.device)
         return inputs
 
-    def act(inputs, steps: int | None = 1):
+    def act(inputs, to_the_end: bool = False):
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn((1, config.action_chunk, dim), generator=generator).expand(
             len(inputs["input_ids"]), -1, -1
         )
-        options = {"noise": noise, "num_denoising_steps": steps}
+        options = {"noise": noise, "num_denoising_steps": 1 if config.denoises and not to_the_end else None}
         return model.sample_actions(**inputs, action_dim=dim, output_hidden_states=True, **options)
 
     def answer(output) -> torch.Tensor:
@@ -190,7 +190,7 @@ def check_senses(model, processor, unnorm_key: str | None) -> list[Check]:
         replaced = torch.cat([output.replaced for output in by_image + by_instruction]).float().mean().item()
         checks.append(_check_action_tokens(model, inputs, act(inputs).token_ids[:, :dim], replaced))
     else:
-        actions = act(observe(prompts[:1], scenes[:1]), steps=None).actions
+        actions = act(observe(prompts[:1], scenes[:1]), to_the_end=True).actions
         status = OK if actions.abs().max() <= FARTHEST else WARNING
         checks.append(
             Check("range", status, f"actions from {actions.min():.2f} to {actions.max():.2f}; [-1, 1] is usual")

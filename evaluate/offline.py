@@ -143,8 +143,6 @@ def _predict_free_running(
     """
     import torch
 
-    from openvla.serve.policy import draw_noise
-
     prompts = [processor.build_prompt(step.instruction) for step in steps]
     inputs = processor(prompts, [step.images for step in steps]).to(next(model.parameters()).device)
     with torch.no_grad():
@@ -152,7 +150,7 @@ def _predict_free_running(
             **inputs,
             action_dim=steps[0].actions.shape[1],
             proprio=_states(model, steps, unnorm_key) if model.config.proprio_dim else None,
-            noise=draw_noise(model.config, seeds),
+            noise=model.draw_noise(seeds),
             num_denoising_steps=num_denoising_steps,
         )
     found = {"normalized": output.actions, "ids": output.token_ids, "replaced": output.replaced}
@@ -312,7 +310,6 @@ def main(argv: list[str]) -> None:
     from openvla.evaluate.offline_report import format_tables, name_dims, write_report
     from openvla.finetune.readers import open_reader
     from openvla.loading import load
-    from openvla.serve.policy import denoises
 
     # 1. Which steps
     reader = open_reader(args.data, args.name)
@@ -343,9 +340,7 @@ def main(argv: list[str]) -> None:
     modes = tuple(mode for mode in MODES if getattr(args, mode)) or MODES
     if model.config.attention != "causal" and modes == ("teacher_forced",):
         print("note: this policy decodes in parallel; teacher-forced is free-running", file=sys.stderr)
-    if args.num_denoising_steps is not None and not denoises(model.config):
-        raise ValueError(f"--num-denoising-steps would do nothing: a head {model.config.action_head!r} has none.")
-    denoising_steps = args.num_denoising_steps or model.config.num_denoising_steps
+    denoising_steps = model.config.choose_denoising_steps(args.num_denoising_steps)
     tokenizer = model.action_tokenizer if model.config.action_head == "token" else None
 
     # 3. Its predictions

@@ -270,7 +270,7 @@ def _usage(policy: Policy, facts: CardFacts) -> str:
     if policy.config.num_denoising_steps:
         told += (
             "Its head starts from noise, so the same picture gives somewhat other motions each time; "
-            "`generator=torch.Generator().manual_seed(0)` repeats one. Fewer `num_denoising_steps` are faster and "
+            "`noise=model.draw_noise([0])` repeats one. Fewer `num_denoising_steps` are faster and "
             "coarser."
         )
     return told.strip()

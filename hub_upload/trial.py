@@ -65,7 +65,8 @@ def ask(
         inputs["proprio"] = torch.where(proprio > 0, proprio - 1, proprio + 1) if other_state else proprio
     with torch.no_grad():
         if model.config.attention != "causal":
-            options = {"noise": noise_for(model, number), "num_denoising_steps": 1, "output_hidden_states": True}
+            steps = 1 if model.config.denoises else None
+            options = {"noise": noise_for(model, number), "num_denoising_steps": steps, "output_hidden_states": True}
             hidden = model.sample_actions(**inputs, **options).hidden_states  # (1, T·A, D)
             said = (model.action_head or model.lm_head)(hidden)[0].float()
             return said.reshape(hidden.shape[1], -1).numpy()

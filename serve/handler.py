@@ -49,7 +49,7 @@ PARAMETERS = {
     "do_sample": bool,
     "temperature": float,
     "top_p": float,
-    "seed": int,  # of the noise that heads which denoise start from
+    "seed": int,  # of the noise that heads which denoise start from: the same for every observation
     "num_denoising_steps": int,
 }
 NOISE = {"seed", "num_denoising_steps"}
@@ -88,12 +88,10 @@ class EndpointHandler:
         parameters = _read_parameters(data.get("parameters"))
         instruction = parameters.pop("instruction", None)
         unnorm_key = self._resolve_unnorm_key(parameters.pop("unnorm_key", None))
-        if self.model.config.num_denoising_steps is None and (unused := NOISE & set(parameters)):
+        if not self.model.config.denoises and (unused := NOISE & set(parameters)):
             raise ValueError(
                 f"Parameters {sorted(unused)} are for heads that denoise, which this policy does not have."
             )
-        if "seed" in parameters:
-            parameters["generator"] = torch.Generator().manual_seed(parameters.pop("seed"))
         batch = data["inputs"] if isinstance(data["inputs"], list) else [data["inputs"]]
         if not 1 <= len(batch) <= MAX_OBSERVATIONS:
             raise ValueError(f"Expected 1 to {MAX_OBSERVATIONS} observations in a request, got {len(batch)}.")
@@ -103,6 +101,7 @@ class EndpointHandler:
         prompts = [self.processor.build_prompt(instruction) for _, instruction, _ in observations]
         images = [[decode_image(image) for image in images] for images, _, _ in observations]
         states = [state for _, _, state in observations] if self.model.config.proprio_dim else None
+        parameters["noise"] = self.model.draw_noise([parameters.pop("seed", None)] * len(batch))
         inputs = self.processor(prompts, images, states).to(self.model.device)
 
         # 2. Actions
@@ -187,7 +186,8 @@ class EndpointHandler:
         prompt = self.processor.build_prompt("pick up the red cup")
         states, config = [], self.model.config
         noise = torch.zeros(1, config.action_chunk, dims[0])
-        options = {"action_dim": dims[0], "noise": noise, "num_denoising_steps": 1, "output_hidden_states": True}
+        steps = 1 if config.denoises else None
+        options = {"action_dim": dims[0], "noise": noise, "num_denoising_steps": steps, "output_hidden_states": True}
         for scene in (ramp, stripes):
             inputs = self.processor(prompt, [[scene] * self.processor.num_cameras]).to(self.model.device)
             if config.proprio_dim:

@@ -49,12 +49,8 @@ class OpenVLAPolicy:
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
         self.stats = ActionStats.from_norm_stats(model.norm_stats, self.unnorm_key, model.config.action_normalization)
         self.image_options, self.strict, self.checkpoint = dict(image_options or {}), strict, checkpoint
-        self.denoises, self.seed = denoises(model.config), seed
-        if num_denoising_steps is not None and not self.denoises:
-            raise ValueError(f"num_denoising_steps would do nothing: a head {model.config.action_head!r} has none.")
-        if num_denoising_steps is not None and num_denoising_steps < 1:
-            raise ValueError(f"Expected num_denoising_steps from 1, got {num_denoising_steps}.")
-        self.num_denoising_steps = num_denoising_steps or model.config.num_denoising_steps
+        self.seed = seed
+        self.num_denoising_steps = model.config.choose_denoising_steps(num_denoising_steps)
 
     @classmethod
     def from_pretrained(
@@ -93,7 +89,7 @@ class OpenVLAPolicy:
     @property
     def needs(self) -> tuple[str, ...]:
         """What simulators have to send; baselines need less."""
-        return ("images", "seed") if self.denoises else ("images",)
+        return ("images", "seed") if self.model.config.denoises else ("images",)
 
     @property
     def metadata(self) -> dict:
@@ -111,7 +107,7 @@ class OpenVLAPolicy:
             )
         ]
         image_processor = self.processor.image_processor
-        denoising = {"num_denoising_steps": self.num_denoising_steps, "seed": self.seed} if self.denoises else {}
+        denoising = {"num_denoising_steps": self.num_denoising_steps, "seed": self.seed} if config.denoises else {}
         return {
             "checkpoint": self.checkpoint,
             "unnorm_key": self.unnorm_key,
@@ -175,7 +171,7 @@ class OpenVLAPolicy:
         images = [_images(observation) for observation in observations]
         takes_proprio = self.model.config.proprio_dim > 0
         states = np.stack([self._proprio(each) for each in observations]) if takes_proprio else None
-        noise = draw_noise(self.model.config, [observation.get("seed", self.seed) for observation in observations])
+        noise = self.model.draw_noise([observation.get("seed", self.seed) for observation in observations])
         inputs = self.processor(prompts, images, states, **self.image_options).to(self.model.device)
         prepared = time.perf_counter()
         with torch.no_grad():
@@ -209,28 +205,6 @@ class OpenVLAPolicy:
         if state.shape != (expected,) or not np.isfinite(state).all():
             raise ValueError(f"{wanted} and finite, got shape {state.shape}: {state.tolist()}.")
         return state
-
-
-def denoises(config) -> bool:
-    """Whether a policy's actions depend on the noise that they are made from."""
-    from openvla.configuration_openvla import DENOISING_STEPS
-
-    return config.action_head in DENOISING_STEPS
-
-
-def draw_noise(config, seeds: list):
-    """What heads that denoise start from, as a tensor `(B, T, A)` float32; None for other heads.
-
-    Args:
-        seeds: per observation what `numpy.random.default_rng` takes: an integer, several, or None for fresh noise.
-    """
-    if not denoises(config):
-        return None
-    import torch
-
-    shape = (config.action_chunk, config.action_dim)
-    rows = [np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
 
 
 def _instruction(observation: dict) -> str:

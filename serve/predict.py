@@ -69,9 +69,8 @@ def main(argv: list[str]) -> None:
             f"{given or 'none'}: see --proprio."
         )
     inputs = processor(processor.build_prompt(args.instruction), args.image, args.proprio, **crop).to(device)
-    generator = None if args.seed is None else torch.Generator().manual_seed(args.seed)
-    options = {"unnorm_key": unnorm_key, "strict": args.strict, "generator": generator, "return_dict": True}
-    result = model.predict_action(**inputs, **options)
+    options = {"unnorm_key": unnorm_key, "strict": args.strict, "noise": model.draw_noise([args.seed])}
+    result = model.predict_action(**inputs, **options, return_dict=True)
 
     dims = name_action_dims(model.norm_stats, unnorm_key)
     chunk = result["actions"].reshape(-1, len(dims))  # (T, A)

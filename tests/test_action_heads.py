@@ -96,12 +96,6 @@ def test_what_would_lie_outside_is_clipped():
     assert found.item() == 1.0
 
 
-@pytest.mark.parametrize("steps", [3, 30, 49, 51])
-def test_strides_must_be_equal(steps, noise):
-    with pytest.raises(ValueError, match="a divisor of 50"):
-        DiffusionActionHead(8, 2).sample(lambda noisy, time: noisy, noise, steps)
-
-
 def test_diffusion_is_trained_on_the_noise_that_was_added(actions):
     head, generator = DiffusionActionHead(8, 2), torch.Generator().manual_seed(0)
     corrupted = head.corrupt(actions, generator)

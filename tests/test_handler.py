@@ -248,11 +248,16 @@ def test_noise_has_a_seed(ask, oft_policy, oft_recorded, oft_golden):
     model, processor = oft_policy("diffusion")
     images = [Image.open(io.BytesIO(base64.b64decode(image))) for image in observation["images"]]
     inputs = processor(processor.build_prompt(observation["instruction"]), images, observation["proprio"])
-    noise = torch.randn((1, 8, 7), generator=torch.Generator().manual_seed(1))
+    noise = torch.from_numpy(np.random.default_rng(1).standard_normal((1, 8, 7), np.float32))
     expected = model.predict_action(**inputs, unnorm_key="toy_robot", noise=noise, num_denoising_steps=5)
     np.testing.assert_allclose(answers[0], expected, rtol=0, atol=1e-4)
-    status, reply = ask(observation, "diffusion", unnorm_key="toy_robot", num_denoising_steps=7)
-    assert status == 400 and "a divisor of 50 as its number of steps, got 7" in reply["error"]
+    _, replies = ask([observation] * 2, "diffusion", **options, seed=1)  # whoever else is asked about
+    np.testing.assert_allclose([reply["action"] for reply in replies], [answers[0]] * 2, rtol=0, atol=1e-4)
+    for steps in (7, 0, -1, -5):
+        status, reply = ask(observation, "diffusion", unnorm_key="toy_robot", num_denoising_steps=steps)
+        assert status == 400 and f"a divisor of 50; got {steps}" in reply["error"]
+    status, reply = ask(observation, "diffusion", unnorm_key="toy_robot", seed=-1)
+    assert status == 400 and "A seed is an integer from 0" in reply["error"]
 
 
 def test_tokens_of_a_chunk_decoded_in_parallel(ask, oft_recorded, oft_golden):

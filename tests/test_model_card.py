@@ -486,7 +486,7 @@ def test_heads_that_start_from_noise_are_told(parallel):
     assert facts_of(text)["answers"].startswith(
         "8 steps (a chunk) at a time, by a head of the kind `diffusion`, in 50"
     )
-    assert "starts from noise" in text and "generator=torch.Generator().manual_seed(0)" in text
+    assert "starts from noise" in text and "noise=model.draw_noise([0])" in text
 
 
 def test_the_code_on_the_card_of_such_a_policy_acts(parallel, images, tmp_path):

@@ -344,6 +344,14 @@ def test_two_policies_of_different_robots_in_one_process(oft_policy, observe, mo
             {"attention": "bidirectional", "action_head": "diffusion", "action_dim": 7, "num_denoising_steps": 30},
             "a divisor of 50; got 30",
         ),
+        (
+            {"attention": "prefix", "action_head": "flow", "action_dim": 7, "num_denoising_steps": 0},
+            "must be from 1, .* got 0",
+        ),
+        (
+            {"attention": "bidirectional", "action_head": "l1", "action_dim": 7, "num_denoising_steps": 10},
+            "would do nothing: a head 'l1' has none",
+        ),
         ({"attention": "bidirectional", "action_dim": 7, "action_slot_id": 32064}, "needs a row in the embedding"),
     ],
 )
@@ -369,6 +377,16 @@ def test_observations_that_do_not_fit_are_refused(oft_policy, observe, model, pr
         )
     with pytest.raises(ValueError, match=r"Expected finite proprio \(1, P\)"):
         policy[1]("x", cameras_of_black(), np.full(8, np.nan))
+
+
+@pytest.mark.parametrize("steps", [-5, -1, 0, 3, 49, 51, 2.0])
+def test_no_steps_of_denoising_would_leave_noise(steps, oft_policy, observe):
+    policy = oft_policy("diffusion")
+    with pytest.raises(ValueError, match="must be from 1, for diffusion a divisor of 50; got"):
+        act(policy, observe(policy, [0]), num_denoising_steps=steps)
+    policy = oft_policy()
+    with pytest.raises(ValueError, match="would do nothing: a head 'l1' has none"):
+        act(policy, observe(policy, [0]), num_denoising_steps=steps)
 
 
 def cameras_of_black() -> list[Image.Image]:

@@ -1,12 +1,13 @@
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from openvla.serve.policy import OpenVLAPolicy, draw_noise
+from openvla.serve.policy import OpenVLAPolicy
 
 
 @pytest.fixture(scope="module")
@@ -198,11 +199,18 @@ def test_noise_depends_on_the_seed_alone(oft_policy, observations):
 
 def test_only_heads_that_denoise_have_noise(oft_policy, model, processor):
     for head in ("l1", "token"):
-        assert draw_noise(oft_policy(head)[0].config, [1, 2]) is None
+        assert oft_policy(head)[0].draw_noise([1, 2]) is None
     with pytest.raises(ValueError, match="num_denoising_steps would do nothing: a head 'token' has none"):
         OpenVLAPolicy(model, processor, "bridge_orig", num_denoising_steps=5)
-    with pytest.raises(ValueError, match="num_denoising_steps from 1, got 0"):
+    with pytest.raises(ValueError, match="num_denoising_steps must be from 1, for diffusion a divisor of 50; got 0"):
         OpenVLAPolicy(*oft_policy("diffusion"), "toy_robot", num_denoising_steps=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x", [3, -2]])
+def test_seeds_are_integers_from_0(seed, oft_policy):
+    model, _ = oft_policy("diffusion")
+    with pytest.raises(ValueError, match=f"integer from 0, or several of them; got {re.escape(repr(seed))}"):
+        model.draw_noise([0, seed])
 
 
 def test_metadata_of_a_policy_that_decodes_in_parallel(oft_policy):
