@@ -129,10 +129,10 @@ class FlowActionHead(nn.Module):
 
     def __init__(self, hidden_size: int, action_dim: int):
         super().__init__()
-        self.model = ResidualMLP(hidden_size, action_dim)
+        self.velocity = ResidualMLP(hidden_size, action_dim)  # not as in L1, whose weights would fit and mean actions
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model(hidden)
+        return self.velocity(hidden)
 
     def corrupt(self, actions: torch.Tensor, generator: torch.Generator | None = None) -> Corrupted:
         """Straight lines from noise (time 0) to actions (time 1); times lean to the noisy end, Beta(1, 1.5)."""

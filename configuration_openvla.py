@@ -316,6 +316,8 @@ class OpenVLAConfig(PretrainedConfig):
             return config_dict, kwargs
         known = inspect.signature(cls.__init__).parameters
         given = {name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "kwargs"}
+        if given.get("action_head") not in (None, config_dict.get("action_head")):
+            config_dict.pop("num_denoising_steps", None)  # it was another head's
         files = find_oft(str(pretrained_model_name_or_path), config_dict, **hub_kwargs)
         fields = {} if files is None else oft_fields(files, config_dict, given)
         return config_dict | fields | given, kwargs

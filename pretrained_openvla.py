@@ -10,6 +10,7 @@ import logging
 import os
 import re
 
+from safetensors import safe_open
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
@@ -111,6 +112,8 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         path = str(pretrained_model_name_or_path)
         hub_keys = (*HUB_KEYS, "force_download", "subfolder")
         hub_kwargs = {key: kwargs[key] for key in hub_keys if kwargs.get(key) is not None}
+        if isinstance(kwargs.get("config"), str | os.PathLike):
+            kwargs["config"] = cls.config_class.from_pretrained(kwargs["config"])
         oft_files = _find_oft(path, hub_kwargs, kwargs.get("config"))
         for flag in ("load_in_4bit", "load_in_8bit"):  # removed in transformers 5, still passed by old scripts
             if kwargs.pop(flag, False):
@@ -133,11 +136,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             unused = {source: target for source, target in CHECKPOINT_RENAMES.items() if source not in used}
             model._weight_conversions += [WeightRenaming(source, target) for source, target in unused.items()]
         missing = {key for key in report["missing_keys"] if ".lora_" not in key}  # those start as no-ops
-        if adapter is not None:  # what it holds whole
-            whole = set(adapter.get("modules_to_save") or ())
-            missing = {key for key in missing if not whole & set(key.split("."))}
+        if adapter is not None:
+            missing = {key.replace(".modules_to_save.default.", ".") for key in missing}  # peft's wrapping
+            missing -= _held_whole(path, hub_kwargs)
         if oft_files is not None:
             missing -= model._load_oft(oft_files)
+        report["missing_keys"] = missing
         missing = sorted(missing)
         mismatched = [] if kwargs.get("ignore_mismatched_sizes") else list(report["mismatched_keys"])
         if (missing or mismatched) and not report_wanted:
@@ -165,7 +169,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         if offloaded := [name for name in weights if name in own and own[name].is_meta]:
             raise ValueError(
                 f"{len(offloaded)} tensors such as {offloaded[0]} come from beside the weights of {files.folder}, and "
-                "cannot go to the disk: make it one folder with `openvla convert`, or choose another device_map."
+                "cannot be offloaded: make it one folder with `openvla convert`, or choose another device_map."
             )
         logger.warning("Of what transformers may call missing, %d tensors come from beside the weights.", len(weights))
         return set(weights)
@@ -219,6 +223,18 @@ def _read_adapter(path: str, hub_kwargs: dict) -> dict | None:
         return None
     with open(file, encoding="utf-8") as stream:
         return json.load(stream)
+
+
+def _held_whole(path: str, hub_kwargs: dict) -> set[str]:
+    """Parameters that an adapter brings as a whole."""
+    file = _file(path, "adapter_model.safetensors", hub_kwargs)
+    if file is None:
+        return set()
+    with safe_open(file, framework="pt") as weights:
+        names = weights.keys()
+    names = [name for name in names if ".lora_" not in name]
+    held = {module_name(name.removeprefix("base_model.model.")).replace(".base_layer.", ".") for name in names}
+    return held | {name.removeprefix("model.") for name in held}  # of the base model alone
 
 
 def _find_oft(path: str, hub_kwargs: dict, config: OpenVLAConfig | None):

@@ -195,7 +195,7 @@ def predict_episodes(
     Args:
         model: in eval mode, as `openvla.load` gives it.
         unnorm_key: whose statistics the policy acts and is compared with.
-        cameras: which, in the policy's order; None: the dataset's first ones.
+        cameras: which, in the policy's order; None: those it was trained with, or the dataset's first ones.
         modes: of `MODES`; policies that decode in parallel have "free_running" alone.
 
     Raises ValueError for a dataset that is not like the policy's: other dims, too few cameras.
@@ -204,16 +204,11 @@ def predict_episodes(
 
     from openvla.action_tokenizer import ActionStats
     from openvla.finetune.collator import ActionCollator
-    from openvla.finetune.steps import StepDataset, check_episode
+    from openvla.finetune.steps import StepDataset, check_episode, choose_cameras
 
     stats = ActionStats.from_norm_stats(model.norm_stats, unnorm_key, model.config.action_normalization)
     modes = modes if model.config.attention == "causal" else ("free_running",)
-    chosen = cameras or reader.cameras[: processor.num_cameras]
-    if len(chosen) != processor.num_cameras:
-        raise ValueError(
-            f"The policy takes {processor.num_cameras} camera(s), got {chosen} of {reader.cameras} that "
-            f"{reader.name} has: choose with --cameras, or take a dataset with as many."
-        )
+    chosen = choose_cameras(reader, processor.num_cameras, cameras, model.norm_stats[unnorm_key].get("cameras"))
     traces = []
     with _quiet(), tqdm(episodes, desc=f"evaluate {reader.name}", unit="episode", disable=not progress) as bar:
         for number in bar:
@@ -273,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data", required=True, metavar="DATASET", help="LeRobot, RLDS, HDF5, plain folder, or Hub id")
     add("--name", help="the dataset's name, by which RLDS episodes are standardised; default: its own")
     add("--unnorm-key", help="whose statistics to act with; default: the dataset's, or the only ones")
-    add("--cameras", nargs="+", help="which, in the policy's order; default: the first ones")
+    add("--cameras", nargs="+", help="which, in the policy's order; default: those of its training, or the first ones")
     add("--episodes", metavar="WHICH", help="numbers such as 0-9,20; default: all")
     add("--sample", type=int, metavar="N", help="instead: so many at random")
     add("--split", choices=SPLITS, default="all", help="as `openvla finetune` holds out episodes (default: all)")
@@ -309,6 +304,7 @@ def main(argv: list[str]) -> None:
     from openvla.evaluate.offline_plots import draw_all
     from openvla.evaluate.offline_report import format_tables, name_dims, write_report
     from openvla.finetune.readers import open_reader
+    from openvla.finetune.steps import choose_cameras
     from openvla.loading import load
 
     # 1. Which steps
@@ -343,9 +339,12 @@ def main(argv: list[str]) -> None:
     denoising_steps = model.config.choose_denoising_steps(args.num_denoising_steps)
     tokenizer = model.action_tokenizer if model.config.action_head == "token" else None
 
+    declared = model.norm_stats[unnorm_key].get("cameras")
+    cameras = choose_cameras(reader, processor.num_cameras, args.cameras, declared)
+
     # 3. Its predictions
     options = {"modes": modes, "batch_size": args.batch_size, "num_denoising_steps": denoising_steps}
-    traces = predict_episodes(model, processor, reader, unnorm_key, episodes, args.cameras, **options)
+    traces = predict_episodes(model, processor, reader, unnorm_key, episodes, cameras, **options)
     settings = {
         "name": short_name(args.checkpoint),
         "checkpoint": args.checkpoint,
@@ -353,7 +352,7 @@ def main(argv: list[str]) -> None:
         "data": args.data,
         "dataset": reader.name,
         "unnorm_key": unnorm_key,
-        "cameras": args.cameras or reader.cameras[: processor.num_cameras],
+        "cameras": cameras,
         "split": args.split,
         "validation_share": None if args.split == "all" else share,
         "seed": seed,

@@ -176,6 +176,8 @@ class _Simulator:
     def _observe(self, expert, place: tuple[int, int, int]) -> dict:
         """What the policy needs. `place`: task, episode and step."""
         observation = self.env.observe() if "images" in self.needs else {"instruction": self.env.instruction}
+        if "images" in observation:  # in the policy's order, whatever the simulator calls its cameras
+            observation["images"] = list(observation["images"].values())
         if "place" in self.needs:
             observation["place"] = place
         if "seed" in self.needs:

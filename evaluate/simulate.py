@@ -109,7 +109,9 @@ def main(argv: list[str]) -> None:
     env.close()
     policy, metadata = _policy(args, conventions)
     conventions.check(metadata)
-    cameras = args.cameras or list(conventions.cameras[: metadata["num_cameras"]])
+    trained = metadata.get("cameras") or []
+    known = trained if set(trained) <= set(conventions.cameras) else []
+    cameras = args.cameras or known or list(conventions.cameras[: metadata["num_cameras"]])
     if len(cameras) != metadata["num_cameras"]:
         raise ValueError(f"The policy takes {metadata['num_cameras']} camera(s), got {cameras}.")
     env_options = {"cameras": cameras, "renderer": args.renderer}

@@ -191,10 +191,10 @@ class Source:
     held_out: list[int]
 
 
-def describe_dataset(source: Source, names: list[str] | None, units: list[str] | None) -> dict:
-    """`norm_stats` of a dataset with what is known of it beyond numbers: `control_frequency` in Hz, and per action dim
-    `names` and `units`, as given or as the dataset has them."""
-    stats = {**source.scan.norm_stats, "action": {**source.scan.norm_stats["action"]}}
+def describe_dataset(source: Source, cameras: list[str], names: list[str] | None, units: list[str] | None) -> dict:
+    """`norm_stats` of a dataset with what is known of it beyond numbers: `control_frequency` in Hz, `cameras` in the
+    policy's order, and per action dim `names` and `units`, as given or as the dataset has them."""
+    stats = {**source.scan.norm_stats, "action": {**source.scan.norm_stats["action"]}, "cameras": list(cameras)}
     dims = len(stats["action"]["min"])
     for option, given in (("names", names), ("units", units)):
         if given and len(given) != dims:
@@ -347,7 +347,7 @@ def main(argv: list[str]) -> None:
     from openvla.finetune.policy import open_policy
     from openvla.finetune.readers import open_reader
     from openvla.finetune.statistics import scan
-    from openvla.finetune.steps import MixedSteps, StepDataset, run_order
+    from openvla.finetune.steps import MixedSteps, StepDataset, choose_cameras, run_order
     from openvla.finetune.trainer import ActionTrainer, WeightAverage, plot_curves, save_atomically
 
     parser = TrlParser((FinetuneArguments, SFTConfig), prog="openvla finetune", description=__doc__)
@@ -391,8 +391,13 @@ def main(argv: list[str]) -> None:
     check_datasets(sources, model)
     if model.config.action_bins is not None:
         raise ValueError(f"{args.model} has bins fitted to other data (config.action_bins): set them to null.")
-    given = args.action_names, args.action_units
-    model.config.norm_stats = {source.reader.name: describe_dataset(source, *given) for source in sources}
+    trained = [each.get("cameras") for each in (model.norm_stats or {}).values()]
+    declared = trained[0] if trained and all(each == trained[0] for each in trained) else None
+    described = {}
+    for source in sources:
+        cameras = choose_cameras(source.reader, processor.num_cameras, args.cameras, declared)
+        described[source.reader.name] = describe_dataset(source, cameras, args.action_names, args.action_units)
+    model.config.norm_stats = described
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
 
@@ -412,11 +417,7 @@ def main(argv: list[str]) -> None:
         states = {name: ActionStats.from_norm_stats(model.norm_stats, name, scheme, "proprio") for name in names}
 
     def steps_of(source: Source, episodes: list[int], pad_chunks: bool = True) -> StepDataset:
-        cameras = args.cameras or source.reader.cameras[: processor.num_cameras]
-        if len(cameras) != processor.num_cameras:
-            raise ValueError(
-                f"The policy takes {processor.num_cameras} camera(s), got {cameras} of {source.reader.cameras}."
-            )
+        cameras = model.norm_stats[source.reader.name]["cameras"]
         keep_open = max(32, args.shuffle_episodes)
         return StepDataset(source.reader, source.scan.lengths, episodes, cameras, chunk, pad_chunks, keep_open)
 

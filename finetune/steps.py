@@ -103,6 +103,33 @@ def check_episode(episode: Episode, action_dim: int | None = None) -> None:
             raise ValueError(f"{where}: empty instruction at step {step}.")
 
 
+def choose_cameras(reader: Reader, count: int, given: list[str] | None, declared: list[str] | None) -> list[str]:
+    """Which of a dataset's cameras a policy looks through, in its order.
+
+    Args:
+        count: how many the policy takes.
+        given: those that the caller wants; None: those that the policy was trained with, or else the first ones.
+        declared: `norm_stats[unnorm_key]["cameras"]`, None in published policies.
+
+    Raises ValueError if there are not as many, or if nobody knows which of them the policy's are.
+    """
+    chosen = given
+    if given is None and declared and set(declared) <= set(reader.cameras):
+        chosen = declared
+    elif given is None and declared and count > 1:
+        raise ValueError(
+            f"The policy was trained with the cameras {declared}, and {reader.name} has {reader.cameras}: say with "
+            "--cameras which they are, in the policy's order."
+        )
+    chosen = list(reader.cameras[:count] if chosen is None else chosen)
+    if len(chosen) != count:
+        raise ValueError(
+            f"The policy takes {count} camera(s), got {chosen} of {reader.cameras} that {reader.name} has: choose "
+            "with --cameras, or take a dataset with as many."
+        )
+    return chosen
+
+
 class StepDataset:
     """Steps of a reader's episodes by number: `len(dataset)`, `dataset[i]`.
 

@@ -308,7 +308,9 @@ def _save_statistics(model, folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         with tempfile.TemporaryDirectory() as temporary:
             model.config.save_pretrained(temporary)
-            shutil.copyfile(Path(temporary) / "config.json", folder / ADAPTER_CONFIG)
+            told = json.loads((Path(temporary) / "config.json").read_text())
+        told.pop("quantization_config", None)  # of the run, not of the base
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(told, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(model.config.norm_stats, indent=2))
 
 

@@ -305,7 +305,9 @@ def _examples(policy: Policy, examples: Sequence[Example]) -> str:
 
 # --- What goes in and comes out --------------------------------------------------------------------------------------
 def _cameras(policy: Policy, facts: CardFacts) -> str:
-    if cameras := [str(camera) for camera in listed(facts.training.get("cameras"))]:
+    named = {tuple(each.get("cameras") or ()) for each in policy.norm_stats.values()}
+    told = facts.training.get("cameras") or (named.pop() if len(named) == 1 else None)
+    if cameras := [str(camera) for camera in listed(told)]:
         ordered = ", in this order" if policy.config.num_cameras > 1 else ""
         return f"It was trained on {', '.join(map(code, cameras))}{ordered}."
     asked = "Which camera that was" if policy.config.num_cameras == 1 else "Which cameras those were, in which order,"

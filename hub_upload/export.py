@@ -20,7 +20,6 @@ from pathlib import Path
 from openvla.cli import command_parser
 
 PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
-PARTS = ("action_head", "proprio_projector", "noisy_action_projector")
 # For Inference Endpoints, whose toolkit (huggingface-inference-toolkit 0.5.6) cannot be imported with transformers 5.
 REQUIREMENTS = "transformers>=4.57.6,<5\naccelerate>=1.1\nsafetensors\nnumpy\npillow\n"
 
@@ -128,6 +127,7 @@ def write_policy(
     import torch
 
     from openvla.configuration_openvla import OpenVLAConfig
+    from openvla.finetune.policy import is_new
     from openvla.hub_upload.layout import (
         check_weights,
         copy_extras,
@@ -156,7 +156,7 @@ def write_policy(
         found |= {new: adapter.source.infos[adapter.replaced[old]] for old, new in whole.items() if new not in found}
     unused = check_weights(model, found, source)
     read_dtypes = {name: info.dtype for name, info in found.items() if name not in unused}
-    dtypes = {each for name, each in read_dtypes.items() if name.partition(".")[0] not in PARTS and name in released}
+    dtypes = {each for name, each in read_dtypes.items() if not is_new(name) and name in released}
     if dtype is None and len(dtypes) != 1:
         raise ValueError(f"{source.weights} mixes {sorted(map(str, dtypes))}: choose one with --dtype.")
     config.dtype = getattr(torch, dtype) if dtype else dtypes.copy().pop()

@@ -121,6 +121,7 @@ class OpenVLAPolicy:
             "proprio_names": self._proprio_names(),
             "control_frequency": declared.get("control_frequency"),
             "num_cameras": self.processor.num_cameras,
+            "cameras": self._cameras,
             "image_size": list(image_processor.input_sizes[0][1:]),
             **{name: self.image_options.get(name, getattr(image_processor, name)) for name in IMAGE_OPTIONS},
             "action_normalization": config.action_normalization,
@@ -131,6 +132,11 @@ class OpenVLAPolicy:
         """Of the P numbers, if the policy takes any and its statistics name them."""
         declared = self.model.norm_stats[self.unnorm_key].get("proprio", {})
         return declared.get("names") if self.model.config.proprio_dim else None
+
+    @property
+    def _cameras(self) -> list[str] | None:
+        """In the policy's order, if its training wrote them down."""
+        return self.model.norm_stats[self.unnorm_key].get("cameras")
 
     def fingerprint(self) -> str:
         """Tells whether two policies have the same weights, wherever they lie: a hash over 64 numbers of each."""
@@ -149,10 +155,11 @@ class OpenVLAPolicy:
         """The action for one observation.
 
         Args:
-            observation: `images`, one per camera in the policy's order (an image, a list, or a dict of them by camera;
-                RGB, of any kind the processor takes), `instruction`; `proprio` `(P,)` in the units and order of the
-                statistics' dataset, if the policy takes it (`metadata["proprio_dim"]`): otherwise it is not looked
-                at; and if you like, for heads that denoise, `seed`, an integer from 0 or several of them.
+            observation: `images`, one per camera in the policy's order (an image, a list, or a dict by the names in
+                `metadata["cameras"]`; RGB, of any kind the processor takes), `instruction`; `proprio` `(P,)` in the
+                units and order of the statistics' dataset, if the policy takes it (`metadata["proprio_dim"]`):
+                otherwise it is not looked at; and if you like, for heads that denoise, `seed`, an integer from 0 or
+                several of them.
 
         Returns `actions` `(T, A)` float64 in the units of the statistics; of the token head `token_ids` and `replaced`
         `(T·A,)`, the latter True where the language model preferred a token that is no action; `timing` in
@@ -168,7 +175,7 @@ class OpenVLAPolicy:
 
         start = time.perf_counter()
         prompts = [self.processor.build_prompt(_instruction(observation)) for observation in observations]
-        images = [_images(observation) for observation in observations]
+        images = [_images(observation, self._cameras) for observation in observations]
         takes_proprio = self.model.config.proprio_dim > 0
         states = np.stack([self._proprio(each) for each in observations]) if takes_proprio else None
         noise = self.model.draw_noise([observation.get("seed", self.seed) for observation in observations])
@@ -216,8 +223,14 @@ def _instruction(observation: dict) -> str:
     return observation["instruction"]
 
 
-def _images(observation: dict) -> list:
+def _images(observation: dict, cameras: list[str] | None) -> list:
     images = observation["images"]
     if isinstance(images, dict):
-        return list(images.values())
+        if cameras is None and len(images) > 1:
+            raise ValueError(
+                f"The policy's statistics do not name its cameras: pass a list in its order, not {list(images)}."
+            )
+        if cameras is not None and set(images) != set(cameras):
+            raise ValueError(f"Expected images of the cameras {cameras}, got {list(images)}.")
+        return [images[camera] for camera in cameras or images]
     return list(images) if isinstance(images, list | tuple) else [images]

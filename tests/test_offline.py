@@ -22,7 +22,7 @@ from openvla.evaluate.offline_scoring import summarize as summarize_traces
 from openvla.finetune.collator import ActionCollator
 from openvla.finetune.readers import open_reader
 from openvla.finetune.sft import split_episodes
-from openvla.finetune.steps import Episode, StepDataset
+from openvla.finetune.steps import Episode, StepDataset, choose_cameras
 from openvla.hub_upload.model_card import read_evaluation
 
 INPUTS = [[0, 2, 3, 5], [6, 8]]  # recorded inputs that two episodes consist of; instructions of several lengths
@@ -427,6 +427,30 @@ def test_the_split_is_that_of_training():
         ValueError, match="The run trained on 30 episodes of robot; a share of 0.5 held out here leave"
     ):
         split_of_run(Many(), "held-out", run, 0.5, 5, False)
+
+
+@pytest.mark.parametrize(
+    "count, given, declared, expected",
+    [
+        (1, None, None, ["front"]),  # the main one
+        (2, None, None, ["front", "wrist"]),
+        (2, None, ["wrist", "front"], ["wrist", "front"]),  # as trained
+        (1, None, ["wrist"], ["wrist"]),
+        (1, None, ["agentview"], ["front"]),
+        (2, ["front", "top"], ["wrist", "front"], ["front", "top"]),
+    ],
+)
+def test_cameras_are_those_of_the_training(count, given, declared, expected):
+    reader = SimpleNamespace(name="robot", cameras=["front", "wrist", "top"])
+    assert choose_cameras(reader, count, given, declared) == expected
+
+
+def test_nobody_guesses_which_cameras_a_policy_means():
+    reader = SimpleNamespace(name="robot", cameras=["front", "wrist"])
+    with pytest.raises(ValueError, match=r"trained with the cameras \['a', 'b'\], and robot has .* --cameras"):
+        choose_cameras(reader, 2, None, ["a", "b"])
+    with pytest.raises(ValueError, match=r"takes 2 camera\(s\), got \['front'\]"):
+        choose_cameras(reader, 2, ["front"], None)
 
 
 def test_datasets_unlike_the_policy_s_are_refused(model, processor, own):

@@ -115,12 +115,19 @@ def test_every_tensor_of_the_parts_is_in_whatever_loads_it(kind, oft_folder):
         assert torch.equal(tensor, state[f"model.{name}"]), name
 
 
-def test_the_config_alone_tells_sizes_and_can_be_given(oft_folder):
+def test_the_config_alone_tells_sizes_and_can_be_given(oft_folder, tmp_path):
     config = openvla.OpenVLAConfig.from_pretrained(oft_folder("diffusion"), **TOLD)
     assert (config.action_head, config.num_denoising_steps, config.num_placeholders) == ("diffusion", 50, 514)
-    model = openvla.OpenVLAForActionPrediction.from_pretrained(oft_folder("diffusion"), config=config)
+    config.save_pretrained(tmp_path)
+    for given in (config, tmp_path, str(tmp_path)):
+        model = openvla.OpenVLAForActionPrediction.from_pretrained(oft_folder("diffusion"), config=given)
     head = read(oft_folder("diffusion"), "action_head")["module.noise_predictor.mlp_resnet.fc2.weight"]
     assert torch.equal(model.action_head.noise_predictor["mlp_resnet"].fc2.weight, head)
+
+
+def test_what_lies_beside_the_weights_is_not_missing(oft_folder):
+    (_, report), _ = openvla.load(oft_folder("l1"), output_loading_info=True, **TOLD)
+    assert not report["missing_keys"]
 
 
 def test_prefixes_of_data_parallel_training_are_no_matter(folder):

@@ -121,7 +121,7 @@ def observations(oft_recorded, oft_golden) -> list[dict]:
     for index in (0, 1, 7):
         entry = oft_recorded["inputs"][index]
         pictures = (oft_golden[f"{index:02d}.{camera}_u8"].numpy() for camera in ("primary", "wrist"))
-        images = dict(zip(("agentview", "wrist"), map(Image.fromarray, pictures)))
+        images = list(map(Image.fromarray, pictures))
         instruction = entry["prompt"].split("robot take to ")[1].removesuffix("?\nOut:")
         found.append({"images": images, "instruction": instruction, "proprio": entry["state"]})
     return found
@@ -167,6 +167,24 @@ def test_a_state_that_does_not_fit(oft_policy, observations, proprio, problem):
         policy.infer_batch([observations[1], {**observations[0], "proprio": proprio}])
 
 
+def test_cameras_by_name_need_names(oft_policy, observations, monkeypatch):
+    model, processor = oft_policy()
+    policy, (first, second) = OpenVLAPolicy(model, processor, "toy_robot"), observations[0]["images"]
+    expected = policy.infer(observations[0])["actions"]
+    with pytest.raises(
+        ValueError, match=r"do not name its cameras: pass a list in its order, not \['wrist', 'front'\]"
+    ):
+        policy.infer({**observations[0], "images": {"wrist": second, "front": first}})
+    told = {**model.norm_stats["toy_robot"], "cameras": ["front", "wrist"]}
+    monkeypatch.setattr(model.config, "norm_stats", {"toy_robot": told})
+    assert policy.metadata["cameras"] == ["front", "wrist"]
+    for named in ({"front": first, "wrist": second}, {"wrist": second, "front": first}):
+        np.testing.assert_array_equal(policy.infer({**observations[0], "images": named})["actions"], expected)
+    for wrong in ({"front": first}, {"front": first, "hand": second}, {}):
+        with pytest.raises(ValueError, match=r"of the cameras \['front', 'wrist'\], got"):
+            policy.infer({**observations[0], "images": wrong})
+
+
 def test_noise_depends_on_the_seed_alone(oft_policy, observations):
     model, processor = oft_policy("diffusion")
     policy = OpenVLAPolicy(model, processor, "toy_robot", num_denoising_steps=2)
@@ -181,7 +199,7 @@ def test_noise_depends_on_the_seed_alone(oft_policy, observations):
     noise = np.random.default_rng((7, 1)).standard_normal((1, 8, 7), dtype=np.float32)
     inputs = processor(
         [processor.build_prompt(observations[1]["instruction"])],
-        [list(observations[1]["images"].values())],
+        [observations[1]["images"]],
         [observations[1]["proprio"]],
     )
     options = {"num_denoising_steps": 2, "noise": torch.from_numpy(noise), "unnorm_key": "toy_robot"}

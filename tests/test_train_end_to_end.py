@@ -27,6 +27,7 @@ from openvla.finetune.collator import ActionCollator
 
 pytest.importorskip("trl")
 from openvla.finetune import sft  # noqa: E402
+from openvla.hub_upload import export  # noqa: E402
 
 OPTIONS = ["--per_device_train_batch_size", "2", "--report_to", "none", "--bf16", "false", "--logging_steps", "1"]
 OPTIONS += ["--gradient_checkpointing", "false", "--validation_share", "0", "--eval_strategy", "no"]
@@ -142,13 +143,14 @@ def test_what_is_known_of_a_dataset_reaches_the_checkpoint(policy, tmp_path, mon
 def test_names_and_units_come_from_the_dataset_unless_they_are_given():
     reader = SimpleNamespace(name="sim", fps=20.0, action_names=["x", "gripper"], action_units=["m", "1 = open"])
     source = SimpleNamespace(scan=SimpleNamespace(norm_stats={"action": {"min": [0, 0]}}), reader=reader)
-    found = sft.describe_dataset(source, None, None)
+    found = sft.describe_dataset(source, ["front"], None, None)
+    assert found["cameras"] == ["front"]
     assert found["action"]["names"] == ["x", "gripper"] and found["action"]["units"] == ["m", "1 = open"]
     assert found["control_frequency"] == 20
-    given = sft.describe_dataset(source, ["a", "b"], None)  # whose units the dataset's are not
+    given = sft.describe_dataset(source, ["front"], ["a", "b"], None)  # whose units the dataset's are not
     assert given["action"]["names"] == ["a", "b"] and given["action"]["units"] == ["", ""]
     reader.action_units = ["m"]
-    assert sft.describe_dataset(source, None, None)["action"]["units"] == ["", ""]
+    assert sft.describe_dataset(source, ["front"], None, None)["action"]["units"] == ["", ""]
 
 
 def test_qlora_trains_on_a_cpu(policy, data, tmp_path):
@@ -159,6 +161,12 @@ def test_qlora_trains_on_a_cpu(policy, data, tmp_path):
     moved = {name for name, tensor in adapter.items() if "lora_B" in name and tensor.abs().max() > 0}
     assert any("language_model" in name for name in moved) and any("vision_backbone" in name for name in moved)
     assert not (tmp_path / "run" / "merged").exists()  # merged into the unquantised base, not into 4 bits
+    adapted, processor = openvla.load(tmp_path / "run" / "adapter", dtype=torch.float32)
+    export.main([str(tmp_path / "run"), str(tmp_path / "out"), "--no-proof"])
+    merged, _ = openvla.load(tmp_path / "out", dtype=torch.float32)
+    inputs = processor(processor.build_prompt("go"), np.full((32, 48, 3), 90, np.uint8))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, adapted(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_lora_without_vision(policy, data, tmp_path):

@@ -126,6 +126,25 @@ def test_a_causal_policy_becomes_one_that_decodes_in_parallel(head, policy, data
     )
 
 
+def test_the_next_run_goes_on_with_the_same_cameras_and_its_own_head(policy, data, tmp_path, caplog):  # noqa: F811
+    short = ["--mode", "full", "--max_steps", "1", "--save_strategy", "no"]
+    first = ["--head", "diffusion", *PARALLEL, *short, "--cameras", "wrist", "front"]
+    finetune(policy, data, tmp_path / "first", *first)
+    merged = tmp_path / "first" / "merged"
+    model, processor = openvla.load(merged)
+    assert model.norm_stats[data.name]["cameras"] == ["wrist", "front"] and model.config.num_denoising_steps == 50
+
+    finetune(merged, data, tmp_path / "next", "--head", "flow", "--chunk", "2", *short)
+    model, _ = openvla.load(tmp_path / "next" / "merged")
+    assert model.norm_stats[data.name]["cameras"] == ["wrist", "front"] and model.config.num_denoising_steps == 10
+    finetune(tmp_path / "next" / "merged", data, tmp_path / "last", "--head", "l1", "--chunk", "2", *short)
+    assert openvla.load(tmp_path / "last" / "merged")[0].config.num_denoising_steps is None
+    # a velocity is no action: the new head does not start from the old one
+    assert [record.args[0] for record in caplog.records if "start at random" in record.msg][-1] == 16
+    with pytest.raises(ValueError, match=r"lacks 16 tensors \(action_head.model"):
+        openvla.load(tmp_path / "next" / "merged", action_head="l1", attention="bidirectional")
+
+
 @pytest.mark.parametrize("mode", ["full", "last-layer", "lora"])
 def test_new_parts_are_trained_and_saved_in_every_mode(mode, policy, data, tmp_path):  # noqa: F811
     # twice from the same seed: what starts at random is the same, so all that differs has moved
