@@ -133,6 +133,13 @@ def oft_fields(files: OFTFiles, config: dict, given: dict) -> dict:
             f"{files.folder} is a policy of OpenVLA-OFT, whose files do not tell {' and '.join(missing)}, and its "
             f"statistics {sorted(statistics)} name no robot of the original: pass {' and '.join(missing)}, as trained."
         )
+    if absent := [part for part in ("action_head", "proprio_projector") if part not in files.parts]:
+        logger.warning(
+            "%s holds no %s: taken for a policy that has none%s. If its training saved one, the folder is not whole.",
+            files.folder,
+            " and no ".join(f"{part}--*.pt" for part in absent),
+            " and acts with tokens" if "action_head" in absent else "",
+        )
     if "action_chunk" in assumed or assumed.get("action_normalization", "q99") != "q99":
         logger.warning("%s is taken for a policy of OpenVLA-OFT on %s: %s.", files.folder, robot, assumed)
     return fields | told

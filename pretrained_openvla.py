@@ -121,8 +121,8 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _keep_towers_unquantized(kwargs["quantization_config"])
 
-        adapter = _read_adapter(path, hub_kwargs)
-        told = None if adapter is None or "config" in kwargs else _file(path, ADAPTER_CONFIG, hub_kwargs)
+        is_adapter = _file(path, "adapter_config.json", hub_kwargs) is not None
+        told = _file(path, ADAPTER_CONFIG, hub_kwargs) if is_adapter and "config" not in kwargs else None
         if told is not None:
             kwargs["config"] = cls.config_class.from_json_file(told)
         report_wanted = kwargs.pop("output_loading_info", False)
@@ -136,7 +136,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             unused = {source: target for source, target in CHECKPOINT_RENAMES.items() if source not in used}
             model._weight_conversions += [WeightRenaming(source, target) for source, target in unused.items()]
         missing = {key for key in report["missing_keys"] if ".lora_" not in key}  # those start as no-ops
-        if adapter is not None:
+        if is_adapter:
             missing = {key.replace(".modules_to_save.default.", ".") for key in missing}  # peft's wrapping
             missing -= _held_whole(path, hub_kwargs)
         if oft_files is not None:
@@ -159,6 +159,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
             weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith("action_head.")}
         own = dict(self.named_parameters())
+        unlike = [name for name, tensor in weights.items() if name in own and own[name].shape != tensor.shape]
+        if unlike:
+            raise ValueError(
+                f"{files.folder} holds {len(unlike)} tensors that do not fit its policy, such as {unlike[0]} of "
+                f"{tuple(weights[unlike[0]].shape)} for {tuple(own[unlike[0]].shape)}: other sizes need another head."
+            )
         unknown = [
             name
             for name in self.load_state_dict(weights, strict=False).unexpected_keys
@@ -214,15 +220,6 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
 def _file(path: str, name: str, hub_kwargs: dict) -> str | None:
     optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return cached_file(path, name, **optional, **hub_kwargs)
-
-
-def _read_adapter(path: str, hub_kwargs: dict) -> dict | None:
-    """adapter_config.json of a folder or repository that holds a LoRA adapter."""
-    file = _file(path, "adapter_config.json", hub_kwargs)
-    if file is None:
-        return None
-    with open(file, encoding="utf-8") as stream:
-        return json.load(stream)
 
 
 def _held_whole(path: str, hub_kwargs: dict) -> set[str]:

@@ -244,6 +244,25 @@ def test_heads_of_another_kind_are_refused(folder):
         openvla.load(policy, **TOLD)
 
 
+def test_what_a_folder_lacks_is_told(folder, caplog):
+    policy = folder()
+    assert "taken for" not in caplog.text
+    openvla.load(policy, **TOLD)
+    assert "is not whole" not in caplog.text
+    for path in (*policy.glob("action_head--*.pt"), *policy.glob("proprio_projector--*.pt")):
+        path.unlink()
+    model, _ = openvla.load(policy, **TOLD)
+    assert (model.config.action_head, model.config.proprio_dim) == ("token", 0)
+    assert "no action_head--*.pt and no proprio_projector--*.pt: taken for a policy that has none and acts with" in (
+        caplog.text
+    )
+
+
+def test_heads_of_other_sizes_do_not_fit(folder):
+    with pytest.raises(ValueError, match=r"action_head.model.layer_norm1.weight of \(896,\) for \(1792,\)"):
+        openvla.load(folder(), **TOLD, action_dim=14)
+
+
 class Touch:
     """What a pickle may do when it is read."""
 
