@@ -15,7 +15,7 @@ HUB_FILES = sorted(
         *("processing_openvla", "pretrained_openvla", "modeling_openvla"),
     )
 )
-ALLOWED = {"numpy", "torch", "PIL", "transformers", "huggingface_hub"} | set(sys.stdlib_module_names)
+ALLOWED = {"numpy", "torch", "PIL", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
 
 
 def imports(path: Path) -> list[ast.stmt]:
