@@ -111,7 +111,7 @@ def test_diffusion_is_trained_on_the_noise_that_was_added(actions):
 
 def test_a_flow_goes_straight(actions, noise):
     head = FlowActionHead(8, 2)
-    head.model = Oracle()
+    head.velocity = Oracle()
     times = []
 
     def slots(noisy, time):

@@ -185,7 +185,8 @@ def test_what_is_told_wins_and_what_is_still_assumed_is_said(folder, caplog):
     name_robot(policy, "libero_object_no_noops")
     with caplog.at_level(logging.WARNING):
         config = openvla.OpenVLAConfig.from_pretrained(policy, action_chunk=4, num_cameras=1)
-    assert (config.action_chunk, config.num_cameras) == (4, 1) and "taken for" not in caplog.text
+    assert (config.action_chunk, config.num_cameras) == (4, 1)
+    assert "taken for a policy of OpenVLA-OFT" not in caplog.text
     name_robot(policy, "aloha1_put_x_into_pot")
     with caplog.at_level(logging.WARNING):
         config = openvla.OpenVLAConfig.from_pretrained(policy, action_chunk=4, num_cameras=1)
