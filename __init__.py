@@ -12,7 +12,8 @@ _MODULES = {
     "configuration_openvla": ["OpenVLAConfig"],
     "action_tokenizer": ["ActionStats", "ActionTokenizer"],
     "processing_openvla": ["OpenVLAImageProcessor", "OpenVLAProcessor"],
-    "modeling_openvla": ["ActionOutput", "OpenVLAForActionPrediction", "OpenVLAModel"],
+    "action_decoding": ["ActionOutput"],
+    "modeling_openvla": ["OpenVLAForActionPrediction", "OpenVLAModel"],
     "loading": ["load"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

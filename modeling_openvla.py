@@ -16,7 +16,6 @@ Legend: B batch · L tokens · P image patches of all cameras · D hidden · T a
 import inspect
 import logging
 from collections import Counter
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,8 +24,9 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
+from .action_decoding import ActionOutput, TokenChoice
 from .action_heads import ACTION_HEADS, NoisyActionProjector, ProprioProjector, time_embedding
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
 from .configuration_openvla import OpenVLAConfig
@@ -38,25 +38,6 @@ logger = logging.getLogger(__name__)
 # What runs a mask as it is given. Flash attention takes none, but can be told to attend to everything.
 MASKED_ATTENTIONS = ("sdpa", "eager", "flex_attention")
 FLASH_ATTENTIONS = ("flash_attention_2", "flash_attention_3")
-
-
-@dataclass
-class ActionOutput(ModelOutput):
-    """What `sample_actions` returns. Tensors are on the model's device, but for `actions`.
-
-    Args:
-        actions: `(B, T, A)` float64 in [-1, 1], before un-normalisation, on the CPU.
-        token_ids: `(B, T·A)` int64, ids of `ActionTokenizer`.
-        log_probs: `(B, T·A)` float32, log-probability of each token (see `sample_actions`).
-        replaced: `(B, T·A)` bool, True where the language model preferred a token that is not an action.
-        hidden_states: `(B, T·A, D)` last hidden state each token was read from, if asked for.
-    """
-
-    actions: torch.Tensor | None = None
-    token_ids: torch.Tensor | None = None
-    log_probs: torch.Tensor | None = None
-    replaced: torch.Tensor | None = None
-    hidden_states: torch.Tensor | None = None
 
 
 class OpenVLAProjector(nn.Module):
@@ -470,6 +451,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         strict: bool = False,
+        draft: np.ndarray | torch.Tensor | None = None,
         return_dict: bool = False,
     ) -> np.ndarray | dict:
         """The action for each observation, in the units of its dataset, from the same tokens as the original's.
@@ -487,8 +469,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             generator: of whatever is drawn; on the CPU for noise.
             strict: raise RuntimeError when the language model prefers a token that is not an action, instead of
                 taking the best action token and warning.
+            draft: `(B, T·A)` or `(T·A,)` token ids that the answer may resemble, such as the last answer's: the more
+                of them are right from the first on, the fewer passes it takes. They change no token.
             return_dict: return `{"actions", …}` instead of the actions alone, for the token head with `token_ids`,
-                `log_probs` and `replaced`.
+                `log_probs` and `replaced`, and with a draft `accepted` `(B,)`, how many of its tokens were right.
 
         Returns float64 `(A,)` for one observation and a one-step policy, `(T, A)` for an action chunk, with a leading
         batch axis for more than one observation, in the units of the dataset `unnorm_key`: metres and radians in
@@ -512,6 +496,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             noise=noise,
             generator=generator,
             strict=strict,
+            draft=draft,
         )
         actions = stats.unnormalize(output.actions.numpy())  # (B, T, A)
         if self.config.action_chunk == 1:
@@ -520,7 +505,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             actions = actions[0]
         if not return_dict:
             return actions
-        names = [name for name in ("token_ids", "log_probs", "replaced") if getattr(output, name) is not None]
+        names = ("token_ids", "log_probs", "replaced", "accepted")
+        names = [name for name in names if getattr(output, name) is not None]
         return {"actions": actions, **{name: getattr(output, name).cpu().numpy() for name in names}}
 
     def draw_noise(self, seeds: list) -> torch.Tensor | None:
@@ -570,6 +556,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         noise: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         strict: bool = False,
+        draft: np.ndarray | torch.Tensor | None = None,
         log_probs_over: str = "actions",
         output_hidden_states: bool = False,
     ) -> ActionOutput:
@@ -598,6 +585,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError(f"log_probs_over must be 'actions' or 'vocabulary', got {log_probs_over!r}.")
         if do_sample and not (temperature > 0 and 0 < top_p <= 1):
             raise ValueError(f"Sampling needs temperature > 0 and 0 < top_p <= 1, got {temperature} and {top_p}.")
+        if draft is not None and (do_sample or self.config.attention != "causal"):
+            raise ValueError(
+                "A draft is for the best tokens, one after the other: not for sampling, nor for chunks in one pass."
+            )
         if do_sample and self.action_head is not None:
             raise ValueError(f"do_sample is for the token head; {self.config.action_head!r} has no tokens.")
         num_denoising_steps = self.config.choose_denoising_steps(num_denoising_steps)
@@ -609,14 +600,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if proprio is not None and len(proprio) != len(input_ids):
             raise ValueError(f"Got {len(input_ids)} prompts but proprio of {len(proprio)} observations.")
         observation = {"pixel_values": pixel_values, "proprio": proprio}
-        choose = _TokenChoice(
+        choose = TokenChoice(
             self.action_tokenizer, (temperature, top_p, generator) if do_sample else None, log_probs_over
         )
         training = [module for module in self.modules() if module.training]
         self.eval()  # dropout off; and gradient checkpointing in training mode would drop the cache, image and all
         try:
             if self.config.attention == "causal":
-                found = self._decode_tokens(input_ids, mask, observation, action_dim, choose)
+                draft = self._check_draft(draft, len(input_ids), action_dim)
+                found = self._decode_tokens(input_ids, mask, observation, action_dim, choose, draft)
             elif self.action_head is None:
                 hidden = self._run_slots(input_ids, mask, observation)()
                 found = {"hidden_states": hidden, **choose(self.lm_head(hidden))}
@@ -637,16 +629,44 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             found["hidden_states"] = None
         return ActionOutput(**found)
 
+    def _check_draft(self, draft, batch: int, action_dim: int) -> torch.LongTensor | None:
+        if draft is None:
+            return None
+        draft = torch.atleast_2d(torch.as_tensor(draft))
+        expected = (batch, self.config.action_chunk * action_dim)
+        start, end = self.action_tokenizer.vocab_start, self.action_tokenizer.vocab_end
+        if tuple(draft.shape) != expected or bool(((draft < start) | (draft >= end)).any()):
+            raise ValueError(
+                f"Expected a draft {expected} of token ids from {start} to {end - 1}, got {draft.tolist()}."
+            )
+        return draft.to(device=self.device, dtype=torch.long)
+
     def _decode_tokens(
-        self, input_ids: torch.LongTensor, mask: torch.LongTensor | None, observation: dict, action_dim: int, choose
+        self,
+        input_ids: torch.LongTensor,
+        mask: torch.LongTensor | None,
+        observation: dict,
+        action_dim: int,
+        choose: TokenChoice,
+        draft: torch.LongTensor | None,
     ) -> dict[str, torch.Tensor]:
-        """T·A tokens, each given those before it."""
-        steps = []
-        step_ids, position_ids, cache = input_ids, None, None
-        if mask is not None:
-            position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        for _ in range(self.config.action_chunk * action_dim):
-            # 1. One pass: the whole prompt with the image, then one token at a time
+        """T·A tokens, each given those before it.
+
+        A draft rides along with the prompt. Where it says what the policy itself chooses there, that choice has been
+        made for the token behind it, too; from the first difference on, what the policy said to the wrong draft is the
+        next one. Whatever the draft, every token is the one chosen after the right ones before it.
+        Source: Leviathan et al. 2023 (arXiv:2211.17192), greedy; Santilli et al. 2023 (arXiv:2305.10427), Jacobi.
+        """
+        count, found, accepted, passes = self.config.action_chunk * action_dim, [], None, 0
+        guesses = input_ids[:, :0] if draft is None else draft[:, :-1]  # (B, G); nothing follows the last token
+        step_ids, cache, known = input_ids, None, 0
+        while known < count:
+            # 1. One pass: the whole prompt with the image, later the last token known; and guesses of what follows
+            num_choices, position_ids = 1 + guesses.shape[1], None
+            step_ids = torch.cat([step_ids, guesses], dim=1)
+            if mask is not None:
+                mask = F.pad(mask, (0, input_ids.shape[1] + known + guesses.shape[1] - mask.shape[1]), value=1)
+                position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
             outputs = self.model(
                 input_ids=step_ids,
                 **(observation if cache is None else {}),
@@ -655,18 +675,27 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache = outputs.past_key_values
-            hidden = outputs.last_hidden_state[:, -1:]  # (B, 1, D)
+            cache, passes = outputs.past_key_values, passes + 1
+            hidden = outputs.last_hidden_state[:, -num_choices:]  # (B, 1 + G, D)
 
-            # 2. The best (or a sampled) action id
-            steps.append({"hidden_states": hidden, **choose(self.lm_head(hidden))})
+            # 2. The best (or sampled) action ids, up to the first after a wrong guess in any row
+            step = {"hidden_states": hidden, **choose(self.lm_head(hidden))}
+            right = 0
+            if num_choices > 1:
+                leading = (step["token_ids"][:, :-1] == guesses).cumprod(dim=1).sum(dim=1)  # (B,)
+                accepted = leading if accepted is None else accepted
+                right = int(leading.min())
+            found.append({name: values[:, : right + 1] for name, values in step.items()})
+            known += right + 1
 
-            # 3. Feed it back
-            step_ids = steps[-1]["token_ids"]
+            # 3. Feed them back
+            if right + 1 < num_choices:
+                cache.crop(right + 1 - num_choices)
+            step_ids, guesses = step["token_ids"][:, right : right + 1], step["token_ids"][:, right + 1 : -1]
             if mask is not None:
-                mask = F.pad(mask, (0, 1), value=1)
-                position_ids = position_ids[:, -1:] + 1
-        return {name: torch.cat([step[name] for step in steps], dim=1) for name in steps[0]}
+                mask = mask[:, : input_ids.shape[1] + known - 1]
+        whole = {name: torch.cat([step[name] for step in found], dim=1) for name in found[0]}
+        return whole | {"passes": passes, "accepted": accepted}
 
     def _denoise(
         self,
@@ -771,7 +800,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return torch.tensor(packed, device=self.device), mask
 
-    def _report(self, choose: "_TokenChoice", replaced: torch.Tensor, strict: bool) -> None:
+    def _report(self, choose: TokenChoice, replaced: torch.Tensor, strict: bool) -> None:
         """Tells of, or raises for, tokens that a policy which knows its task would not prefer."""
         if not torch.stack(choose.finite).all():
             raise RuntimeError(
@@ -788,45 +817,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if strict:
             raise RuntimeError(message + " No action was returned (strict=True).")
         logger.warning("%s The best action tokens were taken instead; pass strict=True to raise.", message)
-
-
-@dataclass
-class _TokenChoice:
-    """The best (or a sampled) action id, whatever the rest of the vocabulary says; but it notes what that says.
-
-    Args:
-        sampling: `(temperature, top_p, generator)`; None: the best.
-    """
-
-    tokenizer: ActionTokenizer
-    sampling: tuple | None
-    log_probs_over: str
-    finite: list[torch.Tensor] = field(default_factory=list)  # whether all logits were, looked at in the end
-
-    def __call__(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Fields of `ActionOutput` for logits `(B, n, vocabulary)` of n tokens."""
-        start, end = self.tokenizer.vocab_start, self.tokenizer.vocab_end
-        temperature, top_p, generator = self.sampling or (1.0, 1.0, None)
-        logits = logits.float() / temperature
-        self.finite.append(logits.isfinite().all())
-        action_logits = logits[..., start:end]
-        best = logits.argmax(dim=-1)
-        if self.sampling:
-            index = _sample(action_logits.flatten(0, 1), top_p, generator).reshape(best.shape)
-        else:
-            index = action_logits.argmax(dim=-1)
-        scored, chosen = (action_logits, index) if self.log_probs_over == "actions" else (logits, index + start)
-        log_probs = scored.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
-        replaced = (best < start) | (best >= end)
-        return {"token_ids": index + start, "log_probs": log_probs, "replaced": replaced}
-
-
-def _sample(logits: torch.Tensor, top_p: float, generator: torch.Generator | None) -> torch.LongTensor:
-    """Draws from softmax(logits) `(B, n)` cut to the smallest set of ids whose probability reaches `top_p`."""
-    probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    before = probs.cumsum(dim=-1) - probs
-    probs = probs.masked_fill(before >= top_p, 0.0)
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
 def _start_as_in_torch(*modules: nn.Module | None) -> None:

@@ -22,6 +22,7 @@ HUB_FILES = (
     "action_tokenizer.py",
     "tf_image_ops.py",
     "vision_towers.py",
+    "action_decoding.py",
     "action_heads.py",
     "oft_files.py",
     "processing_openvla.py",

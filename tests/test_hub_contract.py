@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 HUB_FILES = sorted(
     ROOT / f"{name}.py"
     for name in (
-        *("configuration_openvla", "action_tokenizer", "tf_image_ops", "vision_towers", "action_heads", "oft_files"),
+        *("configuration_openvla", "action_tokenizer", "tf_image_ops", "vision_towers", "oft_files"),
+        *("action_decoding", "action_heads"),
         *("processing_openvla", "pretrained_openvla", "modeling_openvla"),
     )
 )

@@ -34,34 +34,9 @@ OPTIONS += ["--gradient_checkpointing", "false", "--validation_share", "0", "--e
 OPTIONS += ["--disable_tqdm", "true", "--use_cpu", "true"]
 
 
-@pytest.fixture(scope="module")
-def policy(processor, tmp_path_factory):
-    """A folder with a random policy of the released structure on 28-pixel images."""
-    folder = tmp_path_factory.mktemp("policy") / "small"
-    tower = {"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.0}
-    text = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32064, "pad_token_id": 32000}
-    config = OpenVLAConfig(
-        "small",
-        llm_backbone_id="llama2-7b-pure",
-        image_resize_strategy="resize-naive",
-        timm_model_ids=["dino", "siglip"],
-        image_sizes=[28, 28],
-        timm_model_args={
-            "dino": {**tower, "reg_tokens": 1, "no_embed_class": True, "init_values": 0.1},
-            "siglip": {**tower, "class_token": False},
-        },
-        text_config=text,
-    )
-    torch.manual_seed(0)
-    openvla.OpenVLAForActionPrediction(config).save_pretrained(folder)
-    settings = {**processor.image_processor.to_dict(), "input_sizes": [(3, 28, 28)] * 2}
-    image_processor = openvla.OpenVLAImageProcessor(**settings)
-    template = processor.prompt_template
-    openvla.OpenVLAProcessor(image_processor, processor.tokenizer, template, 29871, num_patches=4).save_pretrained(
-        folder
-    )
-    return folder
+@pytest.fixture
+def policy(small_checkpoint):
+    return small_checkpoint
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""Drafts of the answer save passes and change no token, whatever they say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import openvla
+
+KEY = "bridge_orig"
+FIRST, END = 31744, 32000
+
+
+def inputs_of(processor, recorded, images, indices: list[int]) -> dict:
+    prompts = [recorded["inputs"][index]["prompt"] for index in indices]
+    return processor(prompts, [images[index] for index in indices])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_right_draft_needs_one_pass(dtype, model, checkpoint, processor, recorded, images):
+    if dtype != torch.float32:
+        model = openvla.OpenVLAForActionPrediction.from_pretrained(checkpoint, dtype=dtype).eval()
+    for index in range(len(recorded["inputs"]) - 1):
+        inputs = inputs_of(processor, recorded, images, [index])
+        plain = model.sample_actions(**inputs, action_dim=7)
+        assert (plain.passes, plain.accepted) == (7, None)
+        drafted = model.sample_actions(**inputs, action_dim=7, draft=plain.token_ids)
+        assert drafted.token_ids.tolist() == plain.token_ids.tolist()
+        assert drafted.passes == 1 and drafted.accepted.tolist() == [6]
+        torch.testing.assert_close(
+            drafted.log_probs, plain.log_probs, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0
+        )
+
+
+@pytest.mark.parametrize("wrong", range(7))
+def test_a_draft_is_taken_up_to_its_first_wrong_token(wrong, model, processor, recorded, images):
+    inputs = inputs_of(processor, recorded, images, [3])
+    plain = model.predict_action(**inputs, unnorm_key=KEY, return_dict=True)
+    draft = plain["token_ids"].copy()
+    draft[0, wrong] += 1 if draft[0, wrong] < END - 1 else -1
+    drafted = model.predict_action(**inputs, unnorm_key=KEY, draft=draft, return_dict=True)
+    np.testing.assert_array_equal(drafted["token_ids"], plain["token_ids"])
+    np.testing.assert_array_equal(drafted["actions"], plain["actions"])
+    assert drafted["accepted"].tolist() == [min(wrong, 6)]  # nothing follows the last token: it is not looked at
+
+
+def test_rows_of_a_batch_with_drafts_of_their_own(model, processor, recorded, images):
+    indices = [0, 6, 2]  # instructions of several lengths
+    inputs = inputs_of(processor, recorded, images, indices)
+    plain = model.sample_actions(**inputs, action_dim=7)
+    draft = plain.token_ids.clone()
+    draft[1, 3:] = FIRST
+    draft[2, 1] = END - 1
+    expected = [(row.cumprod(0).sum() if len(row) else 0) for row in (draft[:, :-1] == plain.token_ids[:, :-1]).long()]
+    drafted = model.sample_actions(**inputs, action_dim=7, draft=draft)
+    assert torch.equal(drafted.token_ids, plain.token_ids)
+    assert drafted.accepted.tolist() == [int(each) for each in expected] and drafted.passes <= 6
+
+
+@pytest.fixture(scope="module")
+def chunky(small_checkpoint):
+    """Random weights that choose among actions, two steps at a time, on pictures of 28 pixels."""
+    model, processor = openvla.load(small_checkpoint, dtype=torch.float32, action_chunk=2, action_dim=7)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 30  # so that what came before matters
+        model.lm_head.weight[:FIRST] *= 0.01
+        model.lm_head.weight[END:] *= 0.01
+    return model, processor
+
+
+def test_no_draft_changes_a_token(chunky):
+    """1,000 observations, drafts of every quality: right up to a point, shifted by one, constant, noise."""
+    model, processor = chunky
+    rng, passes, rights = np.random.default_rng(0), [], []
+    words = ["go", "pick", "up", "the", "cup", "red", "block", "slowly", "and", "put", "it", "down"]
+    for case in range(250):
+        prompts = [processor.build_prompt(" ".join(rng.choice(words, rng.integers(1, 9)))) for _ in range(4)]
+        pictures = [Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)) for _ in range(4)]
+        inputs = processor(prompts, pictures)
+        plain = model.sample_actions(**inputs, action_dim=7)
+        truth = plain.token_ids.numpy()
+        draft = rng.integers(FIRST, END, truth.shape)
+        if case % 4 == 1:
+            right = rng.integers(0, 15, (4, 1))
+            draft = np.where(np.arange(14) < right, truth, draft)
+        elif case % 4 == 2:
+            draft = np.roll(truth, 1, axis=1)
+        elif case % 4 == 3:
+            draft = np.broadcast_to(truth[:, :1], truth.shape).copy()
+        drafted = model.sample_actions(**inputs, action_dim=7, draft=draft)
+        np.testing.assert_array_equal(drafted.token_ids.numpy(), truth)
+        leading = (draft[:, :-1] == truth[:, :-1]).cumprod(axis=1).sum(axis=1)
+        np.testing.assert_array_equal(drafted.accepted.numpy(), leading)
+        assert 1 <= drafted.passes <= 14 - leading.min()
+        passes.append(drafted.passes)
+        rights.append(leading.max())
+    assert len(np.unique(truth)) > 10 and max(rights) == 13 and len(set(passes)) > 5
+
+
+@pytest.mark.parametrize(
+    "draft, message",
+    [
+        ([[FIRST] * 6], r"Expected a draft \(1, 7\) of token ids from 31744 to 31999, got \[\[31744, "),
+        ([[FIRST] * 7] * 2, r"Expected a draft \(1, 7\)"),
+        ([FIRST] * 6 + [END], "from 31744 to 31999"),
+        ([FIRST - 1] * 7, "from 31744 to 31999"),
+    ],
+)
+def test_drafts_that_are_no_actions_are_refused(draft, message, model, processor, recorded, images):
+    inputs = inputs_of(processor, recorded, images, [0])
+    with pytest.raises(ValueError, match=message):
+        model.predict_action(**inputs, unnorm_key=KEY, draft=np.array(draft))
+    with pytest.raises(ValueError, match="not for sampling"):
+        model.predict_action(**inputs, unnorm_key=KEY, draft=np.full(7, FIRST), do_sample=True)
