@@ -1,11 +1,17 @@
-"""From logits to action tokens: what is chosen, and what is told of the choice."""
+"""One action token after the other: what is chosen, what is told of the choice, and drafts that save passes.
 
-from dataclasses import dataclass, field
+Legend: B batch · L prompt tokens · n tokens of one pass · D hidden · T action chunk · A action dims.
+"""
+
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers.utils import ModelOutput
 
 from .action_tokenizer import ActionTokenizer
+from .language_layers import PreallocatedCache
 
 
 @dataclass
@@ -31,35 +37,121 @@ class ActionOutput(ModelOutput):
     passes: int | None = None
 
 
-@dataclass
 class TokenChoice:
-    """The best (or a sampled) action id, whatever the rest of the vocabulary says; but it notes what that says.
+    """The best (or a sampled) action id, whatever the rest of the vocabulary says; and what that says, afterwards.
 
     Args:
+        head: `(…, D)` -> logits of the whole vocabulary. Of a plain linear layer, only rows of actions are computed to
+            choose.
         sampling: `(temperature, top_p, generator)`; None: the best.
+        log_probs_over: "actions" or "vocabulary".
     """
 
-    tokenizer: ActionTokenizer
-    sampling: tuple | None
-    log_probs_over: str
-    finite: list[torch.Tensor] = field(default_factory=list)  # whether all logits were, looked at in the end
+    def __init__(self, head: nn.Module, tokenizer: ActionTokenizer, sampling: tuple | None, log_probs_over: str):
+        self.head, self.sampling, self.log_probs_over = head, sampling, log_probs_over
+        self.start, self.end = tokenizer.vocab_start, tokenizer.vocab_end
+        is_plain = type(head) is nn.Linear and head.bias is None and len(head.weight) >= self.end
+        self.rows = head.weight[self.start : self.end] if is_plain and not _has_hooks(head) else None
 
-    def __call__(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Fields of `ActionOutput` for logits `(B, n, vocabulary)` of n tokens."""
-        start, end = self.tokenizer.vocab_start, self.tokenizer.vocab_end
-        temperature, top_p, generator = self.sampling or (1.0, 1.0, None)
-        logits = logits.float() / temperature
-        self.finite.append(logits.isfinite().all())
-        action_logits = logits[..., start:end]
+    def __call__(self, hidden: torch.Tensor) -> torch.LongTensor:
+        """Ids `(B, n)` for hidden states `(B, n, D)`."""
+        logits = self.head(hidden)[..., self.start : self.end] if self.rows is None else F.linear(hidden, self.rows)
+        if self.sampling is None:
+            return logits.argmax(dim=-1) + self.start
+        temperature, top_p, generator = self.sampling
+        index = _sample((logits.float() / temperature).flatten(0, 1), top_p, generator)
+        return index.reshape(hidden.shape[:2]) + self.start
+
+    def describe(self, hidden: torch.Tensor, token_ids: torch.LongTensor) -> dict[str, torch.Tensor]:
+        """`log_probs` and `replaced` of `ActionOutput`, and `finite`, whether all logits were: for all tokens at once."""
+        logits = self.head(hidden).float()  # (B, n, vocabulary)
+        temperature = self.sampling[0] if self.sampling else 1.0
         best = logits.argmax(dim=-1)
-        if self.sampling:
-            index = _sample(action_logits.flatten(0, 1), top_p, generator).reshape(best.shape)
-        else:
-            index = action_logits.argmax(dim=-1)
-        scored, chosen = (action_logits, index) if self.log_probs_over == "actions" else (logits, index + start)
-        log_probs = scored.log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
-        replaced = (best < start) | (best >= end)
-        return {"token_ids": index + start, "log_probs": log_probs, "replaced": replaced}
+        over_actions = self.log_probs_over == "actions"
+        scored = logits[..., self.start : self.end] if over_actions else logits
+        chosen = token_ids - self.start if over_actions else token_ids
+        log_probs = (scored / temperature).log_softmax(dim=-1).gather(-1, chosen[..., None])[..., 0]
+        replaced = (best < self.start) | (best >= self.end)
+        return {"log_probs": log_probs, "replaced": replaced, "finite": logits.isfinite().all()}
+
+
+def decode_tokens(
+    model: nn.Module,
+    input_ids: torch.LongTensor,
+    mask: torch.LongTensor | None,
+    observation: dict,
+    choose: TokenChoice,
+    count: int,
+    draft: torch.LongTensor | None = None,
+) -> dict:
+    """`count` tokens, each given those before it: `token_ids`, `hidden_states`, `passes`, `accepted`.
+
+    A draft rides along with the prompt. Where it says what the policy itself chooses there, that choice has been made
+    for the token behind it, too; from the first difference on, what the policy said to the wrong draft is the next
+    one. Whatever the draft, every token is the one chosen after the right ones before it.
+    Source: Leviathan et al. 2023 (arXiv:2211.17192), greedy; Santilli et al. 2023 (arXiv:2305.10427), Jacobi.
+
+    Args:
+        model: `OpenVLAModel`.
+        input_ids: `(B, L)`, padded on the left where `mask` `(B, L)` says so; None: no padding.
+        observation: what else the first pass takes.
+        draft: `(B, count)`.
+    """
+    length = input_ids.shape[1]
+    cache = PreallocatedCache(model.config.text_config.num_hidden_layers, length + count - 1)
+    guesses = input_ids[:, :0] if draft is None else draft[:, :-1]  # (B, G); nothing follows the last token
+    step_ids, found, known, passes, accepted = input_ids, [], 0, 0, None
+    while known < count:
+        # 1. One pass: the whole prompt with the image, later the last token known; and guesses of what follows
+        num_choices, position_ids = 1 + guesses.shape[1], None
+        step_ids = torch.cat([step_ids, guesses], dim=1)
+        if mask is not None:
+            mask = F.pad(mask, (0, length + known + num_choices - 1 - mask.shape[1]), value=1)
+            position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
+        hidden = model(
+            input_ids=step_ids,
+            **(observation if passes == 0 else {}),
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            num_read=num_choices,
+        ).last_hidden_state  # (B, 1 + G, D)
+        passes += 1
+
+        # 2. The best (or sampled) action ids, up to the first after a wrong guess in any row
+        chosen, right = choose(hidden), 0
+        if num_choices > 1:
+            leading = (chosen[:, :-1] == guesses).cumprod(dim=1).sum(dim=1)  # (B,)
+            accepted = leading if accepted is None else accepted
+            right = int(leading.min())
+        found.append((chosen[:, : right + 1], hidden[:, : right + 1]))
+        known += right + 1
+
+        # 3. Feed them back
+        if right + 1 < num_choices:
+            cache.crop(right + 1 - num_choices)
+        step_ids, guesses = chosen[:, right : right + 1], chosen[:, right + 1 : -1]
+        if mask is not None:
+            mask = mask[:, : length + known - 1]
+    token_ids, hidden = (torch.cat(parts, dim=1) for parts in zip(*found))
+    return {"token_ids": token_ids, "hidden_states": hidden, "passes": passes, "accepted": accepted}
+
+
+def check_draft(draft, tokenizer: ActionTokenizer, batch: int, count: int) -> torch.LongTensor:
+    """`draft` as `(B, count)` int64; ValueError if it is no action."""
+    draft = torch.atleast_2d(torch.as_tensor(draft))
+    start, end = tokenizer.vocab_start, tokenizer.vocab_end
+    if tuple(draft.shape) != (batch, count) or bool(((draft < start) | (draft >= end)).any()):
+        raise ValueError(
+            f"Expected a draft {(batch, count)} of token ids from {start} to {end - 1}, got {draft.tolist()}."
+        )
+    return draft.long()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call does more than `forward`: weights may be spread over devices then."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
 def _sample(logits: torch.Tensor, top_p: float, generator: torch.Generator | None) -> torch.LongTensor:

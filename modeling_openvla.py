@@ -13,7 +13,6 @@ Unusual, and why:
 Legend: B batch · L tokens · P image patches of all cameras · D hidden · T action chunk · A action dims.
 """
 
-import inspect
 import logging
 from collections import Counter
 
@@ -22,14 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, GenerationMixin
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .action_decoding import ActionOutput, TokenChoice
+from .action_decoding import ActionOutput, TokenChoice, check_draft, decode_tokens
 from .action_heads import ACTION_HEADS, NoisyActionProjector, ProprioProjector, time_embedding
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
 from .configuration_openvla import OpenVLAConfig
+from .language_layers import PreallocatedCache, can_run_layers, causal_mask, run_layers
 from .pretrained_openvla import TRANSFORMERS_4, OpenVLAPreTrainedModel
 from .vision_towers import OpenVLAVisionBackbone
 
@@ -126,6 +125,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         noisy_actions: torch.Tensor | None = None,
         times: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        num_read: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Runs the language model over embeddings whose placeholders are replaced by image patches.
@@ -137,6 +137,8 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             proprio: `(B, config.proprio_dim)` in [-1, 1].
             noisy_actions, times: `(B, T, A)` and `(B,)`, for heads that denoise: what fills the slots.
             image_features: `(B, P, D)` of `encode_images`, instead of `pixel_values`.
+            num_read: give the hidden states of the last n positions only, without what the others' would take beyond
+                their keys and values in `past_key_values`, a `Cache`.
 
         Raises ValueError when placeholders and images do not match, per row: neither an image that nobody looks at
         nor a placeholder without an image may pass.
@@ -156,16 +158,25 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             _check_placeholders(input_ids == self.config.image_token_id, (len(input_ids), 0), "image")
         if self.config.attention != "causal":
             inputs_embeds = self._fill_slots(inputs_embeds, input_ids, noisy_actions, times)
-            if position_ids is None and attention_mask is not None and past_key_values is None:
+            is_first = past_key_values is None or past_key_values.get_seq_length() == 0
+            if position_ids is None and attention_mask is not None and is_first:
                 position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
             attention_mask = self._parallel_mask(inputs_embeds, input_ids, attention_mask, past_key_values)
-        return self.language_model(
+        if num_read is not None and can_run_layers(self.language_model):
+            hidden = run_layers(
+                self.language_model, inputs_embeds, attention_mask, position_ids, past_key_values, num_read
+            )
+            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+        outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
+        if num_read is not None:
+            outputs.last_hidden_state = outputs.last_hidden_state[:, inputs_embeds.shape[1] - num_read :]
+        return outputs
 
     def _add_state(
         self, image_features: torch.Tensor, proprio: torch.Tensor | None, times: torch.Tensor | None
@@ -223,12 +234,9 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
                 return in_slots[batch, query] | ~in_slots[batch, key]
             return key >= 0
 
-        options = {"past_key_values": past_key_values, "or_mask_function": sees}
-        if "cache_position" in inspect.signature(create_causal_mask).parameters:  # transformers 4.57
-            options["cache_position"] = torch.arange(past, past + input_ids.shape[1], device=input_ids.device)
         if attention_mask is None:  # or nothing might be made: causal is what no mask means
             attention_mask = torch.ones(len(input_ids), past + input_ids.shape[1], device=input_ids.device)
-        return create_causal_mask(config, inputs_embeds, attention_mask.bool(), **options)
+        return causal_mask(config, inputs_embeds, attention_mask.bool(), past_key_values, or_mask_function=sees)
 
 
 class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
@@ -600,18 +608,19 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if proprio is not None and len(proprio) != len(input_ids):
             raise ValueError(f"Got {len(input_ids)} prompts but proprio of {len(proprio)} observations.")
         observation = {"pixel_values": pixel_values, "proprio": proprio}
-        choose = TokenChoice(
-            self.action_tokenizer, (temperature, top_p, generator) if do_sample else None, log_probs_over
-        )
+        sampling = (temperature, top_p, generator) if do_sample else None
+        choose = TokenChoice(self.lm_head, self.action_tokenizer, sampling, log_probs_over)
         training = [module for module in self.modules() if module.training]
         self.eval()  # dropout off; and gradient checkpointing in training mode would drop the cache, image and all
         try:
             if self.config.attention == "causal":
-                draft = self._check_draft(draft, len(input_ids), action_dim)
-                found = self._decode_tokens(input_ids, mask, observation, action_dim, choose, draft)
+                count = self.config.action_chunk * action_dim
+                if draft is not None:
+                    draft = check_draft(draft, self.action_tokenizer, len(input_ids), count).to(self.device)
+                found = decode_tokens(self.model, input_ids, mask, observation, choose, count, draft)
             elif self.action_head is None:
                 hidden = self._run_slots(input_ids, mask, observation)()
-                found = {"hidden_states": hidden, **choose(self.lm_head(hidden))}
+                found = {"token_ids": choose(hidden), "hidden_states": hidden}
             else:
                 shape = (len(input_ids), self.config.action_chunk, action_dim)
                 if noise is None:
@@ -621,81 +630,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             for module in training:
                 module.training = True
         if "token_ids" in found:
-            self._report(choose, found["replaced"], strict)
+            found |= choose.describe(found["hidden_states"], found["token_ids"])
+            self._report(found.pop("finite"), found["replaced"], strict)
             shape = (len(input_ids), self.config.action_chunk, action_dim)
             ids = found["token_ids"].cpu().numpy().reshape(shape)
             found["actions"] = torch.from_numpy(self.action_tokenizer.decode(ids))
         if not output_hidden_states:
             found["hidden_states"] = None
         return ActionOutput(**found)
-
-    def _check_draft(self, draft, batch: int, action_dim: int) -> torch.LongTensor | None:
-        if draft is None:
-            return None
-        draft = torch.atleast_2d(torch.as_tensor(draft))
-        expected = (batch, self.config.action_chunk * action_dim)
-        start, end = self.action_tokenizer.vocab_start, self.action_tokenizer.vocab_end
-        if tuple(draft.shape) != expected or bool(((draft < start) | (draft >= end)).any()):
-            raise ValueError(
-                f"Expected a draft {expected} of token ids from {start} to {end - 1}, got {draft.tolist()}."
-            )
-        return draft.to(device=self.device, dtype=torch.long)
-
-    def _decode_tokens(
-        self,
-        input_ids: torch.LongTensor,
-        mask: torch.LongTensor | None,
-        observation: dict,
-        action_dim: int,
-        choose: TokenChoice,
-        draft: torch.LongTensor | None,
-    ) -> dict[str, torch.Tensor]:
-        """T·A tokens, each given those before it.
-
-        A draft rides along with the prompt. Where it says what the policy itself chooses there, that choice has been
-        made for the token behind it, too; from the first difference on, what the policy said to the wrong draft is the
-        next one. Whatever the draft, every token is the one chosen after the right ones before it.
-        Source: Leviathan et al. 2023 (arXiv:2211.17192), greedy; Santilli et al. 2023 (arXiv:2305.10427), Jacobi.
-        """
-        count, found, accepted, passes = self.config.action_chunk * action_dim, [], None, 0
-        guesses = input_ids[:, :0] if draft is None else draft[:, :-1]  # (B, G); nothing follows the last token
-        step_ids, cache, known = input_ids, None, 0
-        while known < count:
-            # 1. One pass: the whole prompt with the image, later the last token known; and guesses of what follows
-            num_choices, position_ids = 1 + guesses.shape[1], None
-            step_ids = torch.cat([step_ids, guesses], dim=1)
-            if mask is not None:
-                mask = F.pad(mask, (0, input_ids.shape[1] + known + guesses.shape[1] - mask.shape[1]), value=1)
-                position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
-            outputs = self.model(
-                input_ids=step_ids,
-                **(observation if cache is None else {}),
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache, passes = outputs.past_key_values, passes + 1
-            hidden = outputs.last_hidden_state[:, -num_choices:]  # (B, 1 + G, D)
-
-            # 2. The best (or sampled) action ids, up to the first after a wrong guess in any row
-            step = {"hidden_states": hidden, **choose(self.lm_head(hidden))}
-            right = 0
-            if num_choices > 1:
-                leading = (step["token_ids"][:, :-1] == guesses).cumprod(dim=1).sum(dim=1)  # (B,)
-                accepted = leading if accepted is None else accepted
-                right = int(leading.min())
-            found.append({name: values[:, : right + 1] for name, values in step.items()})
-            known += right + 1
-
-            # 3. Feed them back
-            if right + 1 < num_choices:
-                cache.crop(right + 1 - num_choices)
-            step_ids, guesses = step["token_ids"][:, right : right + 1], step["token_ids"][:, right + 1 : -1]
-            if mask is not None:
-                mask = mask[:, : input_ids.shape[1] + known - 1]
-        whole = {name: torch.cat([step[name] for step in found], dim=1) for name in found[0]}
-        return whole | {"passes": passes, "accepted": accepted}
 
     def _denoise(
         self,
@@ -740,8 +682,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         whole = torch.cat([input_ids, suffix], dim=1)
         whole_mask = None if mask is None else F.pad(mask, (0, suffix.shape[1]), value=1)
         if is_prefix:
-            prompt = self.model(input_ids=input_ids, attention_mask=mask, use_cache=True, **observation)
-            cache, positions = prompt.past_key_values, None
+            positions, cache = None, PreallocatedCache(config.text_config.num_hidden_layers, whole.shape[1])
+            self.model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=True,
+                num_read=0,
+                **observation,
+            )
             if mask is not None:
                 positions = (whole_mask.cumsum(dim=1) - 1)[:, length:]
         else:
@@ -756,6 +705,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
+                    num_read=count,
                     **fill,
                 )
                 cache.crop(-suffix.shape[1])  # the slots of this step are not for the next one to see
@@ -765,10 +715,12 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 image_features=features,
                 attention_mask=whole_mask,
                 proprio=observation["proprio"],
-                use_cache=False,
+                past_key_values=PreallocatedCache(config.text_config.num_hidden_layers, whole.shape[1]),
+                use_cache=True,
+                num_read=whole.shape[1] - length + 1,  # as `_read_slots`: from one before the first slot on
                 **fill,
             )
-            return outputs.last_hidden_state[:, length - 1 : length - 1 + count]  # as `_read_slots`
+            return outputs.last_hidden_state[:, :count]
 
         return run
 
@@ -800,9 +752,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return torch.tensor(packed, device=self.device), mask
 
-    def _report(self, choose: TokenChoice, replaced: torch.Tensor, strict: bool) -> None:
+    def _report(self, finite: torch.Tensor, replaced: torch.Tensor, strict: bool) -> None:
         """Tells of, or raises for, tokens that a policy which knows its task would not prefer."""
-        if not torch.stack(choose.finite).all():
+        if not finite:
             raise RuntimeError(
                 "The language model's logits hold NaN or infinity: broken weights, broken pixel_values, or an "
                 f"overflow of {self.dtype}. No action was returned."

@@ -23,6 +23,7 @@ HUB_FILES = (
     "tf_image_ops.py",
     "vision_towers.py",
     "action_decoding.py",
+    "language_layers.py",
     "action_heads.py",
     "oft_files.py",
     "processing_openvla.py",

@@ -112,3 +112,29 @@ def test_drafts_that_are_no_actions_are_refused(draft, message, model, processor
         model.predict_action(**inputs, unnorm_key=KEY, draft=np.array(draft))
     with pytest.raises(ValueError, match="not for sampling"):
         model.predict_action(**inputs, unnorm_key=KEY, draft=np.full(7, FIRST), do_sample=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_actions_choose_as_the_whole_head_does(dtype, chunky):
+    """Only 256 of 32,064 rows are computed to choose; of a head that is more than a matrix, all."""
+    from openvla.action_decoding import TokenChoice
+
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(64, 32064, bias=False).to(dtype), torch.randn(500, 7, 64).to(dtype)
+    tokenizer = chunky[0].action_tokenizer
+    rows = TokenChoice(head, tokenizer, None, "actions")
+    whole = TokenChoice(torch.nn.Sequential(head), tokenizer, None, "actions")
+    assert rows.rows.shape == (256, 64) and whole.rows is None
+    ids = rows(hidden)
+    logits = head(hidden)[..., FIRST:END]
+    assert torch.equal(whole(hidden), logits.argmax(-1) + FIRST)
+    chosen = logits.gather(-1, ids[..., None] - FIRST)[..., 0].float()
+    worst = (logits.amax(-1).float() - chosen).max().item()
+    assert torch.equal(ids, whole(hidden)) if dtype == torch.float32 else worst <= 2**-7 * logits.abs().max()
+    told = rows.describe(hidden, ids)
+    assert bool(told["finite"])
+    torch.testing.assert_close(told["log_probs"].exp(), logits.float().softmax(-1).amax(-1), atol=1e-2, rtol=0)
+    assert torch.equal(told["replaced"], (head(hidden).argmax(-1) < FIRST) | (head(hidden).argmax(-1) >= END))
+    hooked = torch.nn.Linear(64, 32064, bias=False)
+    hooked.register_forward_hook(lambda *_: None)
+    assert TokenChoice(hooked, tokenizer, None, "actions").rows is None

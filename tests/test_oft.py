@@ -287,8 +287,8 @@ def test_the_prefix_is_computed_once_and_exactly(head, checkpoint):
     pixel_values, proprio = torch.randn(2, 6, 224, 224), torch.tensor([[0.5, -0.5], [1.0, 0.0]])
     noise = torch.randn(2, 3, 7)
     calls = []
-    model.model.language_model.register_forward_hook(
-        lambda module, args, kwargs, output: calls.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    model.model.language_model.layers[0].register_forward_hook(
+        lambda module, args, output: calls.append(args[0].shape[1])
     )
     output = model.sample_actions(
         prompts, pixel_values, proprio=proprio, noise=noise, num_denoising_steps=2, output_hidden_states=True
