@@ -63,7 +63,7 @@ class TokenChoice:
         return index.reshape(hidden.shape[:2]) + self.start
 
     def describe(self, hidden: torch.Tensor, token_ids: torch.LongTensor) -> dict[str, torch.Tensor]:
-        """`log_probs` and `replaced` of `ActionOutput`, and `finite`, whether all logits were: for all tokens at once."""
+        """Of all tokens at once: `log_probs` and `replaced` of `ActionOutput`; whether all logits were `finite`."""
         logits = self.head(hidden).float()  # (B, n, vocabulary)
         temperature = self.sampling[0] if self.sampling else 1.0
         best = logits.argmax(dim=-1)
@@ -75,15 +75,52 @@ class TokenChoice:
         return {"log_probs": log_probs, "replaced": replaced, "finite": logits.isfinite().all()}
 
 
-def decode_tokens(
-    model: nn.Module,
-    input_ids: torch.LongTensor,
-    mask: torch.LongTensor | None,
-    observation: dict,
-    choose: TokenChoice,
-    count: int,
-    draft: torch.LongTensor | None = None,
-) -> dict:
+class EagerPasses:
+    """Passes of the model over a prompt and what follows, as PyTorch runs them.
+
+    Args:
+        model: `OpenVLAModel`.
+        input_ids: `(B, L)`, padded on the left where `mask` `(B, L)` says so; None: no padding.
+        observation: what else the first pass takes.
+        count: of tokens to be found.
+    """
+
+    def __init__(self, model: nn.Module, input_ids: torch.LongTensor, mask, observation: dict, count: int):
+        self.model, self.input_ids, self.mask, self.observation = model, input_ids, mask, observation
+        num_layers = model.config.text_config.num_hidden_layers
+        self.cache = PreallocatedCache(num_layers, input_ids.shape[1] + count - 1)
+
+    def first(self, guesses: torch.LongTensor) -> torch.Tensor:
+        """The prompt and guesses `(B, G)` -> hidden states `(B, 1 + G, D)` from the prompt's last token on."""
+        ids = torch.cat([self.input_ids, guesses], dim=1)
+        return self._run(ids, 1 + guesses.shape[1], **self.observation)
+
+    def next(self, ids: torch.LongTensor) -> torch.Tensor:
+        """Tokens `(B, n)` behind those that are known -> hidden states `(B, n, D)`."""
+        return self._run(ids, ids.shape[1])
+
+    def forget(self, num_tokens: int) -> None:
+        """Takes the last ones back."""
+        self.cache.crop(-num_tokens)
+
+    def _run(self, ids: torch.LongTensor, num_read: int, **observation) -> torch.Tensor:
+        mask = position_ids = None
+        if self.mask is not None:
+            length = self.cache.get_seq_length() + ids.shape[1]
+            mask = F.pad(self.mask, (0, length - self.mask.shape[1]), value=1)
+            position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return self.model(
+            input_ids=ids,
+            **observation,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            num_read=num_read,
+        ).last_hidden_state
+
+
+def decode_tokens(passes, choose: TokenChoice, count: int, guesses: torch.LongTensor) -> dict:
     """`count` tokens, each given those before it: `token_ids`, `hidden_states`, `passes`, `accepted`.
 
     A draft rides along with the prompt. Where it says what the policy itself chooses there, that choice has been made
@@ -92,50 +129,31 @@ def decode_tokens(
     Source: Leviathan et al. 2023 (arXiv:2211.17192), greedy; Santilli et al. 2023 (arXiv:2305.10427), Jacobi.
 
     Args:
-        model: `OpenVLAModel`.
-        input_ids: `(B, L)`, padded on the left where `mask` `(B, L)` says so; None: no padding.
-        observation: what else the first pass takes.
-        draft: `(B, count)`.
+        passes: `EagerPasses`, or what compilation made of them.
+        guesses: `(B, count - 1)` tokens of the draft but the last, which nothing follows; `(B, 0)`: no draft.
     """
-    length = input_ids.shape[1]
-    cache = PreallocatedCache(model.config.text_config.num_hidden_layers, length + count - 1)
-    guesses = input_ids[:, :0] if draft is None else draft[:, :-1]  # (B, G); nothing follows the last token
-    step_ids, found, known, passes, accepted = input_ids, [], 0, 0, None
-    while known < count:
-        # 1. One pass: the whole prompt with the image, later the last token known; and guesses of what follows
-        num_choices, position_ids = 1 + guesses.shape[1], None
-        step_ids = torch.cat([step_ids, guesses], dim=1)
-        if mask is not None:
-            mask = F.pad(mask, (0, length + known + num_choices - 1 - mask.shape[1]), value=1)
-            position_ids = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -step_ids.shape[1] :]
-        hidden = model(
-            input_ids=step_ids,
-            **(observation if passes == 0 else {}),
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            num_read=num_choices,
-        ).last_hidden_state  # (B, 1 + G, D)
-        passes += 1
-
-        # 2. The best (or sampled) action ids, up to the first after a wrong guess in any row
+    found, known, num_passes, accepted = [], 0, 1, None
+    hidden = passes.first(guesses)  # (B, 1 + G, D)
+    while True:
+        # 1. The best (or sampled) action ids, up to the first after a wrong guess in any row
         chosen, right = choose(hidden), 0
-        if num_choices > 1:
+        if guesses.shape[1]:
             leading = (chosen[:, :-1] == guesses).cumprod(dim=1).sum(dim=1)  # (B,)
             accepted = leading if accepted is None else accepted
             right = int(leading.min())
+            if right < guesses.shape[1]:
+                passes.forget(guesses.shape[1] - right)
         found.append((chosen[:, : right + 1], hidden[:, : right + 1]))
         known += right + 1
+        if known == count:
+            break
 
-        # 3. Feed them back
-        if right + 1 < num_choices:
-            cache.crop(right + 1 - num_choices)
-        step_ids, guesses = chosen[:, right : right + 1], chosen[:, right + 1 : -1]
-        if mask is not None:
-            mask = mask[:, : length + known - 1]
+        # 2. Feed back the last of them, and what the policy said to wrong guesses as new ones
+        guesses = chosen[:, right + 1 : -1]
+        hidden = passes.next(torch.cat([chosen[:, right : right + 1], guesses], dim=1))
+        num_passes += 1
     token_ids, hidden = (torch.cat(parts, dim=1) for parts in zip(*found))
-    return {"token_ids": token_ids, "hidden_states": hidden, "passes": passes, "accepted": accepted}
+    return {"token_ids": token_ids, "hidden_states": hidden, "passes": num_passes, "accepted": accepted}
 
 
 def check_draft(draft, tokenizer: ActionTokenizer, batch: int, count: int) -> torch.LongTensor:

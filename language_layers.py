@@ -94,10 +94,11 @@ def run_layers(
     cos, sin = language_model.rotary_emb(inputs_embeds, position_ids)
     hidden = inputs_embeds
     for layer in language_model.layers[:-1]:
-        hidden = _run_layer(layer, hidden, attention_mask, (cos, sin), position_ids, cache)
+        hidden = run_layer(layer, hidden, attention_mask, (cos, sin), position_ids, cache)
     unread, last = length - num_read, language_model.layers[-1]
     if unread:
-        _remember(last, hidden[:, :unread], (cos[:, :unread], sin[:, :unread]), cache)
+        unread_states = keys_and_values(last, hidden[:, :unread], (cos[:, :unread], sin[:, :unread]))
+        cache.update(*unread_states, last.self_attn.layer_idx)
         hidden, cos, sin, position_ids = (each[:, unread:] for each in (hidden, cos, sin, position_ids))
         if attention_mask is not None:
             attention_mask = attention_mask[:, :, unread:]
@@ -105,11 +106,19 @@ def run_layers(
             known = torch.ones(num_read, past + length, dtype=torch.bool, device=hidden.device)
             attention_mask = known.tril(past + unread)[None, None]
     if num_read:
-        hidden = _run_layer(last, hidden, attention_mask, (cos, sin), position_ids, cache)
+        hidden = run_layer(last, hidden, attention_mask, (cos, sin), position_ids, cache)
     return language_model.norm(hidden)
 
 
-def _run_layer(layer, hidden, attention_mask, rotation, position_ids, cache) -> torch.Tensor:
+def run_layer(
+    layer,
+    hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    position_ids: torch.LongTensor,
+    cache,
+) -> torch.Tensor:
+    """One layer; of `cache`, it needs `update` alone."""
     return layer(
         hidden,
         attention_mask=attention_mask,
@@ -120,13 +129,13 @@ def _run_layer(layer, hidden, attention_mask, rotation, position_ids, cache) -> 
     )
 
 
-def _remember(layer, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], cache) -> None:
-    """Puts the keys and values of `hidden` into the cache, as the layer would, and does nothing else."""
+def keys_and_values(layer, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> tuple:
+    """What a layer makes of `hidden` `(B, L, D)` for later tokens to attend to, `(B, heads, L, head dim)` each."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     shape = (*normed.shape[:2], -1, attention.head_dim)
-    keys = attention.k_proj(normed).view(shape).transpose(1, 2)  # (B, heads, L, head dim)
+    keys = attention.k_proj(normed).view(shape).transpose(1, 2)
     values = attention.v_proj(normed).view(shape).transpose(1, 2)
     cos, sin = (each[:, None] for each in rotation)
     first, second = keys.chunk(2, dim=-1)
-    cache.update(keys * cos + torch.cat([-second, first], dim=-1) * sin, values, attention.layer_idx)
+    return keys * cos + torch.cat([-second, first], dim=-1) * sin, values

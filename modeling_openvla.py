@@ -24,9 +24,10 @@ from transformers import AutoModel, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .action_decoding import ActionOutput, TokenChoice, check_draft, decode_tokens
+from .action_decoding import ActionOutput, EagerPasses, TokenChoice, check_draft, decode_tokens
 from .action_heads import ACTION_HEADS, NoisyActionProjector, ProprioProjector, time_embedding
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
+from .compiled_actions import CompiledPolicy, refusal
 from .configuration_openvla import OpenVLAConfig
 from .language_layers import PreallocatedCache, can_run_layers, causal_mask, run_layers
 from .pretrained_openvla import TRANSFORMERS_4, OpenVLAPreTrainedModel
@@ -244,6 +245,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = [] if TRANSFORMERS_4 else {}
     _tp_plan = {"lm_head": "colwise_rep" if TRANSFORMERS_4 else "colwise_gather_output"}
+    _compiled: CompiledPolicy | None = None
 
     def __init__(self, config: OpenVLAConfig):
         super().__init__(config)
@@ -517,6 +519,48 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         names = [name for name in names if getattr(output, name) is not None]
         return {"actions": actions, **{name: getattr(output, name).cpu().numpy() for name in names}}
 
+    def compile_for_actions(
+        self,
+        mode: str | None = "default",
+        *,
+        batch_sizes: tuple[int, ...] = (1,),
+        text_tokens: tuple[int, ...] = (64,),
+        warm_up: bool = True,
+        progress: bool = True,
+    ) -> "OpenVLAForActionPrediction":
+        """Has `predict_action` and `sample_actions` run compiled, with the same results up to rounding.
+
+            model.compile_for_actions("reduce-overhead")  # on CUDA: every pass one CUDA graph
+
+        Call it when weights are where they stay: loaded, merged, cast and moved. Calls that nothing was compiled for
+        (longer prompts, other batches, a model that has moved) run as before, with a warning that says why.
+
+        Args:
+            mode: of `torch.compile`: "default"; "reduce-overhead" and "max-autotune", which record CUDA graphs;
+                "max-autotune-no-cudagraphs". None: back to acting without.
+            batch_sizes: numbers of observations in one call.
+            text_tokens: the most tokens besides those of images, prompts' wording included, for each bucket.
+            warm_up: compile now, which takes seconds to minutes, instead of when first needed.
+            progress: show a bar.
+
+        Returns the model. Policies that cannot be compiled stay as they are, with a warning that says why.
+        """
+        self._compiled = None
+        if mode is None:
+            return self
+        if why := refusal(self):
+            logger.warning("Acting without compilation: %s.", why)
+            return self
+        compiled = CompiledPolicy(self, mode, batch_sizes, text_tokens)
+        if warm_up:
+            training = self.training
+            self.eval()
+            with torch.no_grad():
+                compiled.warm_up(progress)
+            self.train(training)
+        self._compiled = compiled
+        return self
+
     def draw_noise(self, seeds: list) -> torch.Tensor | None:
         """What heads that denoise start from, `(B, T, A)` float32: one seed per observation, whose noise does not
         depend on the others. None for other heads.
@@ -602,56 +646,52 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         num_denoising_steps = self.config.choose_denoising_steps(num_denoising_steps)
         if pixel_values is None or input_ids is None:
             raise ValueError("An action needs both input_ids and pixel_values: pass the processor's whole output.")
-        input_ids, mask = self._pack_prompts(input_ids, attention_mask)
-        if len(input_ids) != len(pixel_values):
-            raise ValueError(f"Got {len(input_ids)} prompts but {len(pixel_values)} images.")
-        if proprio is not None and len(proprio) != len(input_ids):
-            raise ValueError(f"Got {len(input_ids)} prompts but proprio of {len(proprio)} observations.")
+        rows = self._complete_prompts(input_ids, attention_mask)
+        if len(rows) != len(pixel_values):
+            raise ValueError(f"Got {len(rows)} prompts but {len(pixel_values)} images.")
+        if proprio is not None and len(proprio) != len(rows):
+            raise ValueError(f"Got {len(rows)} prompts but proprio of {len(proprio)} observations.")
         observation = {"pixel_values": pixel_values, "proprio": proprio}
+        shape = (len(rows), self.config.action_chunk, action_dim)
+        if noise is None and self.config.denoises:
+            noise = torch.randn(shape, generator=generator)
+        if noise is not None and tuple(noise.shape) != shape:
+            raise ValueError(f"Expected noise of {shape}, got {tuple(noise.shape)}.")
+        guesses = torch.empty(len(rows), 0, dtype=torch.long, device=self.device)
+        if draft is not None:
+            guesses = check_draft(draft, self.action_tokenizer, len(rows), shape[1] * shape[2])[:, :-1].to(self.device)
         sampling = (temperature, top_p, generator) if do_sample else None
         choose = TokenChoice(self.lm_head, self.action_tokenizer, sampling, log_probs_over)
         training = [module for module in self.modules() if module.training]
         self.eval()  # dropout off; and gradient checkpointing in training mode would drop the cache, image and all
         try:
+            bucket = self._compiled.find(rows, observation) if self._compiled else None
             if self.config.attention == "causal":
-                count = self.config.action_chunk * action_dim
-                if draft is not None:
-                    draft = check_draft(draft, self.action_tokenizer, len(input_ids), count).to(self.device)
-                found = decode_tokens(self.model, input_ids, mask, observation, choose, count, draft)
-            elif self.action_head is None:
-                hidden = self._run_slots(input_ids, mask, observation)()
-                found = {"token_ids": choose(hidden), "hidden_states": hidden}
+                count = shape[1] * shape[2]
+                eager = (self.model, *self._pad_prompts(rows), observation, count)
+                passes = bucket.start(rows, observation) if bucket else EagerPasses(*eager)
+                found = decode_tokens(passes, choose, count, guesses)
             else:
-                shape = (len(input_ids), self.config.action_chunk, action_dim)
-                if noise is None:
-                    noise = torch.randn(shape, generator=generator)
-                found = self._denoise(input_ids, mask, observation, noise.to(self.device), num_denoising_steps)
+                run = bucket.start(rows, observation) if bucket else self._run_slots(rows, observation)
+                if self.action_head is not None:
+                    found = self._denoise(run, noise, num_denoising_steps)
+                else:
+                    hidden = run()
+                    found = {"token_ids": choose(hidden), "hidden_states": hidden}
         finally:
             for module in training:
                 module.training = True
         if "token_ids" in found:
             found |= choose.describe(found["hidden_states"], found["token_ids"])
             self._report(found.pop("finite"), found["replaced"], strict)
-            shape = (len(input_ids), self.config.action_chunk, action_dim)
             ids = found["token_ids"].cpu().numpy().reshape(shape)
             found["actions"] = torch.from_numpy(self.action_tokenizer.decode(ids))
         if not output_hidden_states:
             found["hidden_states"] = None
         return ActionOutput(**found)
 
-    def _denoise(
-        self,
-        input_ids: torch.LongTensor,
-        mask: torch.LongTensor | None,
-        observation: dict,
-        noise: torch.Tensor,
-        steps: int | None,
-    ) -> dict[str, torch.Tensor]:
-        """A chunk from a continuous head."""
-        expected = (len(input_ids), self.config.action_chunk, self.config.action_dim)
-        if tuple(noise.shape) != expected:
-            raise ValueError(f"Expected noise of {expected}, got {tuple(noise.shape)}.")
-        run = self._run_slots(input_ids, mask, observation)
+    def _denoise(self, run, noise: torch.Tensor | None, steps: int | None) -> dict[str, torch.Tensor]:
+        """A chunk from a continuous head; `run` as `_run_slots` gives it."""
         hidden = None
 
         def slots(noisy: torch.Tensor | None, times: torch.Tensor | None) -> torch.Tensor:
@@ -659,7 +699,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             hidden = run(noisy, times)
             return hidden
 
-        actions = self.action_head.sample(slots, noise.float(), steps)
+        noise = None if noise is None else noise.float().to(self.device)
+        actions = self.action_head.sample(slots, noise, steps)
         if not actions.isfinite().all():
             raise RuntimeError(
                 "The action head's output holds NaN or infinity: broken weights, broken pixel_values, or an overflow "
@@ -667,13 +708,14 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             )
         return {"actions": actions.double().cpu(), "hidden_states": hidden}
 
-    def _run_slots(self, input_ids: torch.LongTensor, mask: torch.LongTensor | None, observation: dict):
+    def _run_slots(self, rows: list[list[int]], observation: dict):
         """The policy as a function of what fills the slots: `(noisy actions, times) -> (B, T·A, D)`.
 
         With attention "prefix" images and prompt are computed here, once: exactly what one pass over everything would
         give. With "bidirectional" they see the slots, so only the towers' work can be kept.
         """
         config = self.config
+        input_ids, mask = self._pad_prompts(rows)
         count, is_prefix = config.action_chunk * config.action_dim, config.attention == "prefix"
         end = [] if is_prefix else [config.text_config.eos_token_id]
         suffix = torch.tensor([config.action_slot_id] * count + end, device=input_ids.device)
@@ -724,10 +766,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
 
         return run
 
-    def _pack_prompts(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.LongTensor, torch.LongTensor | None]:
-        """Any accepted prompts as left-padded rows with placeholders and trailing token; mask None: no padding."""
+    def _complete_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+        """Any accepted prompts without padding, with placeholders and trailing token."""
         input_ids = torch.atleast_2d(torch.as_tensor(input_ids))
         if attention_mask is not None:
             attention_mask = torch.atleast_2d(torch.as_tensor(attention_mask))
@@ -745,6 +785,10 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             if end_id is not None and row[-1] != end_id:
                 row.append(end_id)
             rows.append(row)
+        return rows
+
+    def _pad_prompts(self, rows: list[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor | None]:
+        """Rows padded on the left to the longest, and their mask; None: no padding."""
         length = max(map(len, rows))
         packed = [[self.config.pad_token_id] * (length - len(row)) + row for row in rows]
         mask = None

@@ -60,7 +60,7 @@ def as_the_original(policy, inputs: dict):
     import torch
 
     model, config = policy.model, policy.config
-    ids, _ = policy._pack_prompts(inputs["input_ids"], None)
+    ids, _ = policy._pad_prompts(policy._complete_prompts(inputs["input_ids"], None))
     count = config.action_chunk * config.action_dim
     suffix = torch.tensor([[config.action_slot_id] * count + [config.text_config.eos_token_id]], device=ids.device)
     ids = torch.cat([ids, suffix], dim=1)

@@ -24,6 +24,7 @@ HUB_FILES = (
     "vision_towers.py",
     "action_decoding.py",
     "language_layers.py",
+    "compiled_actions.py",
     "action_heads.py",
     "oft_files.py",
     "processing_openvla.py",

@@ -296,7 +296,7 @@ def test_the_prefix_is_computed_once_and_exactly(head, checkpoint):
     assert calls == [261, 21, 21]  # BOS + 256 patches + state + 3 of text, then nothing but slots
 
     # the same, over the whole sequence at once
-    rows, mask = model._pack_prompts(prompts, None)
+    rows, mask = model._pad_prompts(model._complete_prompts(prompts, None))
     whole = torch.cat([rows, torch.full((2, 21), 32002)], dim=1)
     mask = torch.nn.functional.pad(mask, (0, 21), value=1)
 
