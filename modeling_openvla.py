@@ -482,7 +482,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             draft: `(B, T·A)` or `(T·A,)` token ids that the answer may resemble, such as the last answer's: the more
                 of them are right from the first on, the fewer passes it takes. They change no token.
             return_dict: return `{"actions", …}` instead of the actions alone, for the token head with `token_ids`,
-                `log_probs` and `replaced`, and with a draft `accepted` `(B,)`, how many of its tokens were right.
+                `log_probs` and `replaced`, the number of `passes` if it takes several, and with a draft `accepted`
+                `(B,)`, how many of its tokens were right.
 
         Returns float64 `(A,)` for one observation and a one-step policy, `(T, A)` for an action chunk, with a leading
         batch axis for more than one observation, in the units of the dataset `unnorm_key`: metres and radians in
@@ -517,7 +518,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             return actions
         names = ("token_ids", "log_probs", "replaced", "accepted")
         names = [name for name in names if getattr(output, name) is not None]
-        return {"actions": actions, **{name: getattr(output, name).cpu().numpy() for name in names}}
+        passes = {} if output.passes is None else {"passes": output.passes}
+        return {"actions": actions, **{name: getattr(output, name).cpu().numpy() for name in names}, **passes}
 
     def compile_for_actions(
         self,

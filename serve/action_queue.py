@@ -7,6 +7,8 @@
     while not done:
         action = queue.act(robot.observe() if queue.needs_observation else None)
 
+Policies that answer token by token get what they said last of the same steps as a draft: they answer the same, sooner.
+
 The first is how OpenVLA-OFT acts (Kim et al. 2025, arXiv:2502.19645). The last is temporal ensembling (Zhao et al.
 2023, arXiv:2304.13705, algorithm 2). `policy` is whatever has `infer`: `OpenVLAPolicy`, `ActClient`.
 
@@ -49,10 +51,11 @@ class ActionQueue:
         self.policy, self.execute, self.ensemble = policy, execute, ensemble
         self.averaged = None if ensemble is None else np.asarray(averaged, dtype=bool)
         self._chunks: list[np.ndarray] = []  # the rest of each, from the present step on; the oldest first
+        self._draft: np.ndarray | None = None  # (T·A,)
 
     def reset(self) -> None:
         """Forgets all chunks: a new episode begins, or the robot was moved by somebody else."""
-        self._chunks = []
+        self._chunks, self._draft = [], None
 
     @property
     def needs_observation(self) -> bool:
@@ -82,7 +85,11 @@ class ActionQueue:
 
     def _ask(self, observation: dict) -> np.ndarray:
         """A chunk, as much of it as is to be carried out."""
-        chunk = np.asarray(self.policy.infer(observation)["actions"], dtype=np.float64)
+        if self._draft is not None:
+            observation = {"draft": self._draft, **observation}
+        self._draft = None
+        result = self.policy.infer(observation)
+        chunk = np.asarray(result["actions"], dtype=np.float64)
         if chunk.ndim != 2 or chunk.size == 0 or not np.isfinite(chunk).all():
             raise ValueError(
                 f"The policy gave actions of shape {chunk.shape}, expected finite (T, A): {chunk.tolist()}."
@@ -91,4 +98,8 @@ class ActionQueue:
             raise ValueError(f"The policy gives {len(chunk)} action(s) at a time, too few to execute {self.execute}.")
         if self.averaged is not None and self.averaged.shape != chunk.shape[1:]:
             raise ValueError(f"averaged is of shape {self.averaged.shape}, but actions have {chunk.shape[1]} dims.")
+        if getattr(self.policy, "takes_drafts", False):
+            steps = np.arange(len(chunk)) + (self.execute or (len(chunk) if self.ensemble is None else 1))
+            tokens = np.reshape(result["token_ids"], chunk.shape)
+            self._draft = tokens[np.minimum(steps, len(chunk) - 1)].ravel()  # beyond the end: as the last step
         return chunk[: self.execute]

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-KEYS = {"images", "instruction", "proprio", "seed"}
+KEYS = {"images", "instruction", "proprio", "seed", "draft"}
 IMAGE_OPTIONS = ("center_crop_area", "jpeg_quality", "lanczos3_size")
 
 
@@ -92,6 +92,11 @@ class OpenVLAPolicy:
         return ("images", "seed") if self.model.config.denoises else ("images",)
 
     @property
+    def takes_drafts(self) -> bool:
+        """Whether a guess of the answer may save passes, as of policies that answer token by token."""
+        return self.model.config.attention == "causal"
+
+    @property
     def metadata(self) -> dict:
         """What the policy declares, in types of JSON: to be compared with a robot's or a simulator's conventions."""
         from openvla.action_tokenizer import name_action_dims
@@ -159,11 +164,13 @@ class OpenVLAPolicy:
                 `metadata["cameras"]`; RGB, of any kind the processor takes), `instruction`; `proprio` `(P,)` in the
                 units and order of the statistics' dataset, if the policy takes it (`metadata["proprio_dim"]`):
                 otherwise it is not looked at; and if you like, for heads that denoise, `seed`, an integer from 0 or
-                several of them.
+                several of them; for policies that answer token by token, `draft`, `(T·A,)` token ids that the answer
+                may resemble, such as the last `token_ids`: they change nothing but the time.
 
         Returns `actions` `(T, A)` float64 in the units of the statistics; of the token head `token_ids` and `replaced`
         `(T·A,)`, the latter True where the language model preferred a token that is no action; `timing` in
-        milliseconds.
+        milliseconds, and if there was a draft, `accepted`, how many of its tokens were right, and `passes` of the
+        language model.
 
         Raises ValueError for an observation that is not whole, RuntimeError for an action that is not finite.
         """
@@ -179,6 +186,8 @@ class OpenVLAPolicy:
         takes_proprio = self.model.config.proprio_dim > 0
         states = np.stack([self._proprio(each) for each in observations]) if takes_proprio else None
         noise = self.model.draw_noise([observation.get("seed", self.seed) for observation in observations])
+        drafts = [observation.get("draft") for observation in observations] if self.takes_drafts else [None]
+        draft = None if any(each is None for each in drafts) else np.stack(drafts)
         inputs = self.processor(prompts, images, states, **self.image_options).to(self.model.device)
         prepared = time.perf_counter()
         with torch.no_grad():
@@ -188,6 +197,7 @@ class OpenVLAPolicy:
                 num_denoising_steps=self.num_denoising_steps,
                 noise=noise,
                 strict=self.strict,
+                draft=draft,
                 return_dict=True,
             )
         actions = result["actions"].reshape(len(observations), self.model.config.action_chunk, self.stats.dim)
@@ -196,9 +206,10 @@ class OpenVLAPolicy:
         finished = time.perf_counter()
         timing = {"preprocess_ms": 1000 * (prepared - start), "infer_ms": 1000 * (finished - prepared)}
         timing |= {"batch_size": len(observations)}
-        tokens = [name for name in ("token_ids", "replaced") if name in result]  # continuous heads have none
+        tokens = [name for name in ("token_ids", "replaced", "accepted") if name in result]  # by kind of policy
+        passes = {} if draft is None else {"passes": result["passes"]}
         return [
-            {"actions": rows, **{name: result[name][row] for name in tokens}, "timing": timing}
+            {"actions": rows, **{name: result[name][row] for name in tokens}, **passes, "timing": timing}
             for row, rows in enumerate(actions)
         ]
 

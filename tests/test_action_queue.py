@@ -154,3 +154,36 @@ def test_a_policy_s_chunks(oft_policy, oft_recorded, oft_golden):
     queue.act(observations[0])
     mean = (recorded[0][1] + np.exp(-0.5) * recorded[1][0]) / (1 + np.exp(-0.5))
     np.testing.assert_allclose(queue.act(observations[1]), [*mean[:6], recorded[1][0][6]], atol=1e-5)
+
+
+class Drafted(Counting):
+    """Answers with tokens 100·n + [0, 1, …], where n counts from 0, and takes drafts."""
+
+    takes_drafts = True
+
+    def infer(self, observation):
+        result = super().infer(observation)
+        tokens = 100 * (len(self.asked) - 1) + np.arange(result["actions"].size)
+        return {**result, "token_ids": tokens}
+
+
+@pytest.mark.parametrize(
+    ("chunk", "options", "expected"),
+    [
+        (1, {}, [[0, 1], [100, 101]]),
+        (3, {}, [[4, 5, 4, 5, 4, 5], [104, 105, 104, 105, 104, 105]]),  # all steps are over: as the last
+        (3, {"execute": 2}, [[4, 5, 4, 5, 4, 5], [104, 105, 104, 105, 104, 105]]),
+        (3, {"execute": 1}, [[2, 3, 4, 5, 4, 5], [102, 103, 104, 105, 104, 105]]),
+        (3, {"ensemble": 0.0}, [[2, 3, 4, 5, 4, 5], [102, 103, 104, 105, 104, 105]]),
+    ],
+)
+def test_what_was_said_of_the_same_steps_is_the_next_draft(chunk, options, expected):
+    policy = Drafted(chunk)
+    queue = ActionQueue(policy, **options)
+    while len(policy.asked) < 3:
+        queue.act({"step": 0} if queue.needs_observation else None)
+    assert policy.asked[0] == {"step": 0}
+    assert [asked["draft"].tolist() for asked in policy.asked[1:]] == expected
+    queue.reset()
+    queue.act({"step": 0})
+    assert "draft" not in policy.asked[3]

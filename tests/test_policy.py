@@ -253,3 +253,24 @@ def test_the_originals_folders_are_loaded(oft_folder, observations, oft_recorded
     policy = OpenVLAPolicy.from_pretrained(oft_folder(), "toy_robot", **options)
     expected = oft_recorded["inputs"][0]["actions_l1_proprio_fp32"]
     np.testing.assert_allclose(policy.infer(observations[0])["actions"], expected, atol=1e-5, rtol=0)
+
+
+def test_drafts_save_passes_and_change_nothing(policy, recorded, images):
+    entries = [recorded["inputs"][index] for index in (0, 1)]
+    plain = [{"images": images[entry["index"]], "instruction": entry["instruction"]} for entry in entries]
+    answers = policy.infer_batch(plain)
+    assert "accepted" not in answers[0] and "passes" not in answers[0]
+    drafted = [{**each, "draft": answer["token_ids"]} for each, answer in zip(plain, answers)]
+    for answer, found in zip(answers, policy.infer_batch(drafted)):
+        np.testing.assert_array_equal(found["actions"], answer["actions"])
+        assert (found["accepted"], found["passes"]) == (6, 1)
+    assert "passes" not in policy.infer_batch([drafted[0], plain[1]])[0]  # one has none
+    with pytest.raises(ValueError, match=r"Expected a draft \(1, 7\)"):
+        policy.infer({**plain[0], "draft": [31744] * 3})
+
+
+def test_policies_that_decode_in_parallel_look_at_no_draft(oft_policy, observations, oft_recorded):
+    policy = OpenVLAPolicy(*oft_policy(), unnorm_key="toy_robot")
+    assert not policy.takes_drafts
+    expected = oft_recorded["inputs"][0]["actions_l1_proprio_fp32"]
+    np.testing.assert_allclose(policy.infer({**observations[0], "draft": [1]})["actions"], expected, atol=1e-5, rtol=0)
