@@ -30,9 +30,10 @@ CHECKPOINT_RENAMES = {
     r"^language_model\.model": "model.language_model",
     r"^language_model\.lm_head": "lm_head",
 }
-# Left in full precision by bitsandbytes: together 8 % of the parameters, and they see the image or pick the action.
-UNQUANTIZED_MODULES = ["model.vision_backbone", "model.projector", "lm_head", "vision_backbone", "projector"]
-UNQUANTIZED_MODULES += ["action_head", "proprio_projector", "noisy_action_projector"]
+# Left in full precision by bitsandbytes: few parameters, and they see the image or pick the action.
+# transformers 5 takes the beginning of a name, hence those of both models.
+UNQUANTIZED_MODULES = ["vision_backbone", "projector", "proprio_projector", "noisy_action_projector"]
+UNQUANTIZED_MODULES += [f"model.{name}" for name in UNQUANTIZED_MODULES] + ["action_head", "lm_head"]
 # Beside an adapter: what the policy is, whose base may have another head and other inputs. A config.json there would
 # make transformers look for the weights there, too.
 ADAPTER_CONFIG = "openvla_config.json"
