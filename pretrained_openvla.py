@@ -30,7 +30,7 @@ CHECKPOINT_RENAMES = {
     r"^language_model\.model": "model.language_model",
     r"^language_model\.lm_head": "lm_head",
 }
-# Left in full precision by bitsandbytes: few parameters, and they see the image or pick the action.
+# Left in full precision by bitsandbytes and torchao: few parameters, and they see the image or pick the action.
 # transformers 5 takes the beginning of a name, hence those of both models.
 UNQUANTIZED_MODULES = ["vision_backbone", "projector", "proprio_projector", "noisy_action_projector"]
 UNQUANTIZED_MODULES += [f"model.{name}" for name in UNQUANTIZED_MODULES] + ["action_head", "lm_head"]
@@ -102,11 +102,12 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, and five things that would otherwise go wrong in silence.
 
         Weights that are missing or of another shape raise instead of being drawn at random (unless
-        `output_loading_info` asks for the report, or `ignore_mismatched_sizes` allows it). bitsandbytes leaves
-        `UNQUANTIZED_MODULES` alone unless `llm_int8_skip_modules` says otherwise. A `dataset_statistics.json` beside
-        the weights, which the original's fine-tuning writes, replaces `config.norm_stats`, as in the original's
-        deployment. Policies of OpenVLA-OFT get the parts that lie beside their weights (`oft_files.py`), and may need
-        `action_chunk` and `num_cameras`. One whose `config` says nothing of it (`AutoConfig` cannot tell) is refused.
+        `output_loading_info` asks for the report, or `ignore_mismatched_sizes` allows it). bitsandbytes and torchao
+        leave `UNQUANTIZED_MODULES` alone unless `llm_int8_skip_modules` or `modules_to_not_convert` say otherwise. A
+        `dataset_statistics.json` beside the weights, which the original's fine-tuning writes, replaces
+        `config.norm_stats`, as in the original's deployment. Policies of OpenVLA-OFT get the parts that lie beside
+        their weights (`oft_files.py`), and may need `action_chunk` and `num_cameras`. One whose `config` says nothing
+        of it (`AutoConfig` cannot tell) is refused.
         """
         if pretrained_model_name_or_path is None:  # a state_dict is given instead
             return super().from_pretrained(None, *args, **kwargs)
@@ -253,13 +254,15 @@ def _find_oft(path: str, hub_kwargs: dict, config: OpenVLAConfig | None):
 
 
 def _keep_towers_unquantized(quantization_config):
-    """A copy of a bitsandbytes configuration that skips `UNQUANTIZED_MODULES`; other kinds are left as they are."""
+    """A copy that skips `UNQUANTIZED_MODULES`, of bitsandbytes and torchao; other kinds are left as they are."""
     quantization_config = copy.deepcopy(quantization_config)
     if isinstance(quantization_config, dict):
         if quantization_config.get("load_in_4bit") or quantization_config.get("load_in_8bit"):
             quantization_config.setdefault("llm_int8_skip_modules", list(UNQUANTIZED_MODULES))
     elif getattr(quantization_config, "llm_int8_skip_modules", ()) is None:
         quantization_config.llm_int8_skip_modules = list(UNQUANTIZED_MODULES)
+    elif quantization_config.quant_method == "torchao" and quantization_config.modules_to_not_convert is None:
+        quantization_config.modules_to_not_convert = list(UNQUANTIZED_MODULES)
     return quantization_config
 
 

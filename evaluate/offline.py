@@ -33,6 +33,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from openvla import quantization
 from openvla.cli import command_parser
 from openvla.evaluate.offline_episodes import SPLITS, choose_episodes, find_run, split_of_run
 from openvla.evaluate.offline_scoring import MODES, Trace, summarize
@@ -282,6 +283,7 @@ def parser() -> argparse.ArgumentParser:
     add("--center-crop-area", type=float, metavar="SHARE", help="default: as the checkpoint declares")
     add("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     add("--device", help="cuda, cpu, …; default: cuda if there is one")
+    quantization.add_argument(arguments)
     add("--revision", help="branch, tag or commit of CHECKPOINT on the Hub")
     add("--output-dir", metavar="FOLDER", help="default: evaluations/CHECKPOINT/DATASET")
     add("--num-denoising-steps", type=int, metavar="N", help="of diffusion and flow heads; default: as declared")
@@ -305,7 +307,7 @@ def main(argv: list[str]) -> None:
     from openvla.evaluate.offline_report import format_tables, name_dims, write_report
     from openvla.finetune.readers import open_reader
     from openvla.finetune.steps import choose_cameras
-    from openvla.loading import load
+    from openvla.loading import load_onto
 
     # 1. Which steps
     reader = open_reader(args.data, args.name)
@@ -325,9 +327,8 @@ def main(argv: list[str]) -> None:
 
     # 2. The policy
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    revision = {"revision": args.revision} if args.revision else {}
-    model, processor = load(args.checkpoint, dtype=args.dtype, **revision)
-    model = model.to(device)
+    told = {"dtype": args.dtype, "revision": args.revision}
+    model, processor = load_onto(device, args.checkpoint, args.quantize, **told)
     if args.center_crop_area is not None:
         processor.image_processor.center_crop_area = args.center_crop_area
     known = reader.name if reader.name in (model.norm_stats or {}) else None
@@ -363,6 +364,7 @@ def main(argv: list[str]) -> None:
         "center_crop_area": processor.image_processor.center_crop_area,
         "batch_size": args.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantize": args.quantize,
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
     }
     versions = {"openvla": openvla.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -84,6 +84,8 @@ def card_entries(found: dict) -> list[dict]:
     dataset = settings["dataset"]
     if settings["split"] != "all":
         dataset += f" ({settings['split']} episodes)"
+    if settings["quantize"] is not None:
+        dataset += f", policy quantised as {settings['quantize']}"
     entries = []
     for mode in MODES:
         for metric in [name for name in ("token_accuracy", "l1_normalized") if name in found.get(mode, ())]:

@@ -28,6 +28,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from openvla import quantization
 from openvla.cli import command_parser, parse_numbers
 from openvla.evaluate.envs import HELD_OUT, list_tasks, open_env, versions
 from openvla.evaluate.report import short_name, tell_differences
@@ -80,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--output-dir", metavar="FOLDER", help="default: evaluations/POLICY/SUITE")
     arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
+    quantization.add_argument(arguments)
     arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
     arguments.add_argument("--seed", type=int, default=7, help="of baselines and noise; the initial states are fixed")
     return arguments
@@ -179,7 +181,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--ensemble {args.ensemble}: expected 0 (equal weights) or more.")
     if (args.baseline == "expert-tokens") != (args.statistics is not None):
         raise ValueError("--statistics, whose quantiles normalise the actions, and expert-tokens belong together.")
-    loading = ("center_crop_area", "num_denoising_steps", "device", "revision")
+    loading = ("center_crop_area", "num_denoising_steps", "device", "revision", "quantize")
     idle = [name for name in loading if getattr(args, name) is not None] + ["dtype"] * (args.dtype != "auto")
     if args.baseline and args.unnorm_key:
         idle.append("unnorm_key")
@@ -214,6 +216,7 @@ def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], e
     parts += [f"{args.execute} actions of each chunk"] if args.execute else []
     parts += [f"ensemble of chunks, {args.ensemble:g}"] if args.ensemble is not None else []
     parts += [f"{args.num_denoising_steps} denoising steps"] if args.num_denoising_steps else []
+    parts += [f"policy quantised as {args.quantize}"] if args.quantize else []
     parts += [f"baseline {args.baseline}"] if args.baseline else []
     return f"{args.suite} ({'; '.join(parts)})" if parts else args.suite
 
@@ -296,6 +299,7 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
         device=args.device,
         num_denoising_steps=args.num_denoising_steps,
         revision=args.revision,
+        quantize=args.quantize,
         image_options={"jpeg_quality": None}  # the simulator's pictures have been through it
         | ({} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}),
     )

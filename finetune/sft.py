@@ -339,7 +339,7 @@ def main(argv: list[str]) -> None:
     import torch
     from accelerate import PartialState
     from datasets import Dataset
-    from transformers import BitsAndBytesConfig, set_seed
+    from transformers import set_seed
     from trl import SFTConfig, TrlParser
 
     from openvla.action_tokenizer import ActionStats
@@ -349,6 +349,7 @@ def main(argv: list[str]) -> None:
     from openvla.finetune.statistics import scan
     from openvla.finetune.steps import MixedSteps, StepDataset, choose_cameras, run_order
     from openvla.finetune.trainer import ActionTrainer, WeightAverage, plot_curves, save_atomically
+    from openvla.quantization import quantization_config
 
     parser = TrlParser((FinetuneArguments, SFTConfig), prog="openvla finetune", description=__doc__)
     parser.set_defaults(**DEFAULTS, bf16=torch.cuda.is_available())
@@ -374,11 +375,7 @@ def main(argv: list[str]) -> None:
     names = [source.reader.name for source in sources]
 
     # 2. Policy: its statistics are those of the new data alone, before the first step
-    quantization = None
-    if args.mode == "qlora":
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )
+    quantization = quantization_config("nf4", torch.bfloat16) if args.mode == "qlora" else None
     dtype = torch.bfloat16 if config.bf16 and adapts else torch.float32
     fields = policy_fields(args, sources)
     set_seed(config.seed)  # new heads start at random

@@ -63,6 +63,7 @@ class OpenVLAPolicy:
         prefer: tuple[str, ...] = (),
         action_chunk: int | None = None,
         num_cameras: int | None = None,
+        quantize: str | None = None,
         **options,
     ) -> "OpenVLAPolicy":
         """Loads a Hub id or a folder.
@@ -72,19 +73,19 @@ class OpenVLAPolicy:
             dtype: "auto" (as stored), "float32", "bfloat16", "float16".
             device: None: CUDA if there is one.
             action_chunk, num_cameras: of folders that OpenVLA-OFT's training left, whose files do not tell.
+            quantize: "int8" or another of `openvla.quantization.METHODS`: less memory, but lossy.
             options: of the class.
         """
         import torch
 
-        from openvla.loading import load
+        from openvla.loading import load_onto
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         told = {"revision": revision, "action_chunk": action_chunk, "num_cameras": num_cameras}
-        told = {name: value for name, value in told.items() if value is not None}
-        model, processor = load(checkpoint, dtype=dtype, **told)
+        model, processor = load_onto(device, checkpoint, quantize, dtype=dtype, **told)
         known = [key for key in prefer if key in (model.norm_stats or {})]
         unnorm_key = unnorm_key or (known[0] if known else None)
-        return cls(model.to(device), processor, unnorm_key, checkpoint=checkpoint, **options)
+        return cls(model, processor, unnorm_key, checkpoint=checkpoint, **options)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -115,6 +116,7 @@ class OpenVLAPolicy:
         denoising = {"num_denoising_steps": self.num_denoising_steps, "seed": self.seed} if config.denoises else {}
         return {
             "checkpoint": self.checkpoint,
+            "quantize": getattr(self.model, "quantize", None),
             "unnorm_key": self.unnorm_key,
             "action_dims": dims,
             "mask": self.stats.mask.tolist(),
@@ -147,13 +149,16 @@ class OpenVLAPolicy:
         """Tells whether two policies have the same weights, wherever they lie: a hash over 64 numbers of each."""
         import torch
 
+        from openvla.quantization import plain_tensors
+
         digest, generator = hashlib.sha256(), torch.Generator().manual_seed(0)
         for name, parameter in self.model.named_parameters():
-            values = parameter.detach().flatten()
-            places = torch.randint(len(values), (64,), generator=generator)
-            sample = values[places.to(values.device)].cpu().contiguous()
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+            for tensor in plain_tensors(parameter.detach()):  # of quantised ones there are several
+                values = tensor.flatten()
+                places = torch.randint(len(values), (64,), generator=generator)
+                sample = values[places.to(values.device)].cpu().contiguous()
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(sample.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def infer(self, observation: dict) -> dict:

@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 
+from openvla import quantization
 from openvla.cli import command_parser
 
 MOST_COLUMNS = 8  # steps of a chunk side by side; longer ones are printed one below the other
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--unnorm-key", help="dataset whose statistics give the units; optional if there is one")
     arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
+    quantization.add_argument(arguments)
     arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
     arguments.add_argument(
         "--center-crop-area",
@@ -52,13 +54,11 @@ def main(argv: list[str]) -> None:
     import torch
 
     from openvla.action_tokenizer import name_action_dims, resolve_unnorm_key
-    from openvla.loading import load
+    from openvla.loading import load_onto
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     told = {name: getattr(args, name) for name in ("revision", "action_chunk", "num_cameras")}
-    told = {name: value for name, value in told.items() if value is not None}
-    model, processor = load(args.model, dtype=args.dtype, **told)
-    model = model.to(device)
+    model, processor = load_onto(device, args.model, args.quantize, dtype=args.dtype, **told)
     unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)
     crop = {} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}
     if unnorm_key.startswith("libero") and not crop and processor.image_processor.center_crop_area is None:

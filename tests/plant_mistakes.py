@@ -109,10 +109,22 @@ MISTAKES = {
     "one noise for a batch": ("serve/policy.py", "for seed in seeds]", "for seed in seeds[:1] * len(seeds)]"),
     "chunks counted past the end": ("evaluate/offline.py", "[~step.is_pad for", "[step.is_pad | True for"),
     "noise of evaluations by chance": ("evaluate/offline.py", "[(NOISE_SEED, index) for", "[None for"),
+    "layers of odd sizes stay as they are": ("quantization.py", "if odd or (", "if odd and ("),
+    "scales of zero": ("quantization.py", '"activation_value_lb": 1e-12', '"activation_value_lb": None'),
+    "torchao takes the towers, too": (
+        "pretrained_openvla.py",
+        '.quant_method == "torchao" and',
+        ".quant_method and False and",
+    ),
+    "scales without a fingerprint": (
+        "serve/policy.py",
+        "plain_tensors(parameter.detach())",
+        "plain_tensors(parameter.detach())[:1]",
+    ),
     "what is no action is right": ("evaluate/offline.py", '& ~output["replaced"]', ""),
 }
-EVALUATING = ("envs", "envs_metaworld", "rollout", "demos", "report", "offline")
-SERVING = ("policy", "action_queue", "client", "handler")
+EVALUATING = ("envs", "envs_metaworld", "rollout", "demos", "report", "offline", "quantization")
+SERVING = ("policy", "action_queue", "client", "handler", "quantization")
 PUBLISHING = ("convert", "export", "hub_server", "upload", "model_card", "handler", "app", "drawing")
 
 
