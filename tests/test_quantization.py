@@ -10,7 +10,9 @@ from test_readers import write_folder
 
 import openvla
 from openvla import cli, quantization
+from openvla.evaluate import bench_quantization
 from openvla.evaluate.offline_report import card_entries
+from openvla.finetune.steps import Episode
 from openvla.quantization import METHODS, loading_options, plain_tensors
 from openvla.serve.policy import OpenVLAPolicy
 
@@ -288,3 +290,82 @@ def test_evaluate(folder, dataset, tmp_path, capsys):
     assert {each["dataset"] for each in card_entries(found)} == {"robot, policy quantised as torchao-int8"}
     with pytest.raises(SystemExit, match="--quantize would do nothing here: no checkpoint is loaded"):
         cli.main(["evaluate", "--baseline", "expert", "--suite", "libero_goal", "--quantize", "int8"])
+
+
+# --- How much it costs ---
+class Drawn(list):
+    """A reader of five episodes of four steps, which notes what is read."""
+
+    def __len__(self):
+        return 5
+
+    def read(self, number: int) -> Episode:
+        self.append(number)
+        states = np.full((4, 2), float(number))
+        return Episode("", [str(number)] * 4, np.zeros((4, 7)), states, lambda camera, step: f"{camera} {step}")
+
+
+def test_frames_come_from_all_episodes():
+    reader, cameras = Drawn(), ["front", "wrist"]
+    frames = bench_quantization.choose_frames(reader, 7, cameras)
+    read = list(iter(reader))
+    assert len(frames) == 7 == len({frame["seed"] for frame in frames}) and len(set(read)) == 4 == len(read)
+    _, number, step = frames[2]["seed"]
+    assert read[1] == number == int(frames[2]["instruction"]) == frames[2]["proprio"][0]
+    assert frames[2]["images"] == [f"front {step}", f"wrist {step}"]
+    again = bench_quantization.choose_frames(Drawn(), 7, cameras)
+    assert [frame["seed"] for frame in again] == [frame["seed"] for frame in frames]
+    assert len(bench_quantization.choose_frames(Drawn(), 100, cameras)) == 20
+
+
+def test_bytes_by_hand(load):
+    plain, quantized = load(), load("torchao-int8")
+    numbers = sum(layer.weight.numel() for layer in linears(plain).values())
+    rows = sum(len(layer.weight) for layer in linears(plain).values())
+    saved = 4 * numbers - (numbers + 5 * rows)  # per row a scale of 4 bytes, and the zero point of 1
+    assert bench_quantization.weight_bytes(plain) - bench_quantization.weight_bytes(quantized) == saved
+    tied = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False))
+    tied[1].weight = tied[0].weight
+    assert bench_quantization.weight_bytes(tied) == 4 * 64
+
+
+def test_compare_by_hand():
+    """Two of three frames alike; of the third, one token of two and so one action of two differ."""
+
+    class Answers:
+        def __init__(self, shift):
+            self.shift, self.asked = shift, []
+
+        def infer(self, frame):
+            self.asked.append(frame)
+            order.append(self.shift)
+            actions = np.array([[0.5, 1.0], [0.0, 2.0]]) + (self.shift if frame == 2 else 0) * np.array(
+                [[0, 1], [0, 0]]
+            )
+            ids = np.array([1, 2, 3, 4 + (self.shift if frame == 2 else 0)])
+            return {"actions": actions, "token_ids": ids, "timing": {"infer_ms": 10.0 + self.shift}}
+
+    order: list[int] = []
+    found = bench_quantization.compare(Answers(0), Answers(3), [0, 1, 2])
+    assert found["tokens_equal"] == pytest.approx(11 / 12) and found["actions_equal"] == pytest.approx(5 / 6)
+    assert found["difference"] == [0.0, 0.5]
+    assert found["milliseconds"] == [13.0] * 3 and found["reference_milliseconds"] == [10.0] * 3
+    assert order == [0, 3, 3, 0, 0, 3, 3, 0]  # each once to warm up, then in turns
+
+
+def test_bench(folder, dataset, tmp_path, capsys):
+    skip_what_cannot_run("torchao-int8")
+    told = ["--model", str(folder), "--data", str(dataset), "--unnorm-key", "bridge_orig", "--device", "cpu"]
+    told += ["--dtype", "float32", "--frames", "3", "--json", str(tmp_path / "found.json")]
+    bench_quantization.main([*told, "--methods", "bfloat16", "torchao-int8"])
+    found = json.loads((tmp_path / "found.json").read_text())
+    plain, eight = found["methods"]
+    assert [plain["method"], eight["method"], found["frames"]] == ["bfloat16", "torchao-int8", 3]
+    assert found["reference"]["bytes"] == pytest.approx(2 * plain["bytes"], rel=1e-4)
+    assert plain["bytes"] < eight["bytes"] < found["reference"]["bytes"]  # here most is in the embeddings
+    assert eight["tokens_equal"] > 0.8 and len(eight["difference"]) == 7 == len(found["dims"])
+    assert eight["times_as_fast"] == sorted(eight["times_as_fast"]) and eight["milliseconds"][0] > 0
+    printed = capsys.readouterr().out
+    assert "torchao-int8" in printed and "1 = open" in printed and "times as fast" in printed
+    with pytest.raises(ValueError, match="torchao-int4 computes in bfloat16"):
+        bench_quantization.main([*told, "--methods", "torchao-int4"])
