@@ -1,4 +1,4 @@
-"""How fast does each head learn a dataset by heart? A small random policy, trained once per head, on a CPU in minutes.
+"""How fast does each head learn a dataset by heart? A small random policy, trained once per head, on a CPU.
 
 python -m openvla.evaluate.bench_learning --data bridge_dataset/1.0.0 --processor runs/tiny-openvla
 python -m openvla.evaluate.bench_learning --data my_robot --processor openvla/openvla-7b --steps l1=500 flow=2000
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from openvla.cli import command_parser
 
-STEPS = ("l1=1000", "flow=4000", "diffusion=4000")
+STEPS = ("l1=1000", "flow=4000", "diffusion=12000")
 SIDE = 56  # pixels: 16 patches
 
 
