@@ -167,9 +167,11 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         for size, interpolation, (mean, std) in zip(self.input_sizes, self.interpolations, self._normalizations):
             if previous != (size, interpolation):
                 resized, previous = self._resize(image, size, _INTERPOLATIONS[interpolation]), (size, interpolation)
-                pixels = np.asarray(resized).transpose(2, 0, 1).astype(np.float32) / np.float32(255)
-            channels.append((pixels - mean) / std)
-        return np.ascontiguousarray(np.concatenate(channels))
+                pixels = np.asarray(resized).transpose(2, 0, 1)  # (3, S, S) uint8
+            # The 256 values that a pixel can have are normalised, and then picked: the same numbers, sooner
+            values = (np.arange(256, dtype=np.float32) / np.float32(255) - mean[..., 0]) / std[..., 0]  # (3, 256)
+            channels += [np.take(table, channel) for table, channel in zip(values, pixels)]
+        return np.stack(channels)
 
     def _letterbox(self, image: Image.Image) -> Image.Image:
         fill = self.tvf_letterbox_fill or [int(value * 255) for value in self.means[-1]]
