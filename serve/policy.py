@@ -64,6 +64,7 @@ class OpenVLAPolicy:
         action_chunk: int | None = None,
         num_cameras: int | None = None,
         quantize: str | None = None,
+        compile_mode: str | None = None,
         **options,
     ) -> "OpenVLAPolicy":
         """Loads a Hub id or a folder.
@@ -74,6 +75,7 @@ class OpenVLAPolicy:
             device: None: CUDA if there is one.
             action_chunk, num_cameras: of folders that OpenVLA-OFT's training left, whose files do not tell.
             quantize: "int8" or another of `openvla.quantization.METHODS`: less memory, but lossy.
+            compile_mode: of `model.compile_for_actions`, such as "reduce-overhead": takes a while, then acts sooner.
             options: of the class.
         """
         import torch
@@ -83,6 +85,7 @@ class OpenVLAPolicy:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         told = {"revision": revision, "action_chunk": action_chunk, "num_cameras": num_cameras}
         model, processor = load_onto(device, checkpoint, quantize, dtype=dtype, **told)
+        model.compile_for_actions(compile_mode)
         known = [key for key in prefer if key in (model.norm_stats or {})]
         unnorm_key = unnorm_key or (known[0] if known else None)
         return cls(model, processor, unnorm_key, checkpoint=checkpoint, **options)
