@@ -25,7 +25,8 @@ def summarize(episodes: Iterable[dict]) -> dict:
         episodes: lines of `episodes.jsonl`: `task`, `instruction`, `success`, `steps`, `cpu_seconds`, `restarts`, ….
 
     Returns `tasks`, a list of `{"task", "instruction", "episodes", "successes", "success_rate", "interval",
-    "mean_steps"}`; the same keys for all together, and `cpu_ms_per_step` by what it was spent on.
+    "mean_steps"}`; the same keys for all together, `cpu_ms_per_step` by what it was spent on, and
+    `accepted_per_draft`, tokens of the last answer that were right for the next one, from the first on.
     """
     episodes = sorted(episodes, key=lambda line: (line["task"], line["episode"]))
     tasks = []
@@ -37,12 +38,15 @@ def summarize(episodes: Iterable[dict]) -> dict:
     per_step = {what: 1000 * sum(line["cpu_seconds"].get(what, 0.0) for line in episodes) / steps for what in spent}
     restarts = sum(line.get("restarts", 0) for line in episodes)
     replaced = sum(line.get("replaced", 0) for line in episodes)
+    drafts = sum(line.get("drafts", 0) for line in episodes)
+    accepted = sum(line.get("accepted", 0) for line in episodes) / drafts if drafts else None
     return {
         "tasks": tasks,
         **_rate(episodes),
         "cpu_ms_per_step": per_step,
         "restarts": restarts,
         "replaced_tokens": replaced,
+        "accepted_per_draft": accepted,
     }
 
 
@@ -72,6 +76,8 @@ def format_table(suite: str, summary: dict) -> str:
     lines.append(f"\nprocessor milliseconds per step: {spent}")
     if summary["restarts"]:
         lines.append(f"simulators that died and were replaced, and their episodes run again: {summary['restarts']}")
+    if summary["accepted_per_draft"] is not None:
+        lines.append(f"tokens right in the last answer, which drafts the next: {summary['accepted_per_draft']:.2f}")
     if summary["replaced_tokens"]:
         lines.append(f"{summary['replaced_tokens']} tokens were no actions; the best actions were taken")
     return "\n".join(lines)

@@ -41,6 +41,8 @@ class Outcome:
         seconds: from reset to end, by the clock.
         replaced: tokens that were no actions, for which the best action was taken.
         restarts: how often its simulator had to be replaced.
+        drafts: how many answers were drafted with the one before.
+        accepted: tokens of theirs that were right.
     """
 
     success: bool
@@ -50,6 +52,8 @@ class Outcome:
     seconds: float
     replaced: int = 0
     restarts: int = 0
+    drafts: int = 0
+    accepted: int = 0
 
 
 def run_episodes(
@@ -104,7 +108,8 @@ def _name(job: Job) -> str:
 
 
 def _act(policy, observations: list[dict], action_dim: int | None) -> list[dict]:
-    """Per observation the `actions` `(T, A)`, `replaced` tokens, and processor `seconds`."""
+    """Per observation the `actions` `(T, A)`, `replaced` tokens, and processor `seconds`; tokens and how many of a
+    draft were `accepted`, if they are told."""
     start = time.process_time()
     results = policy.infer_batch(observations)
     share = (time.process_time() - start) / len(observations)
@@ -116,6 +121,7 @@ def _act(policy, observations: list[dict], action_dim: int | None) -> list[dict]
             raise ValueError(f"The policy gave an action that is not finite: {result['actions']}.")
     return [
         {"actions": result["actions"], "replaced": int(np.sum(result.get("replaced", 0))), "seconds": share}
+        | {name: result[name] for name in ("token_ids", "accepted") if name in result}
         for result in results
     ]
 
@@ -124,13 +130,16 @@ def _act(policy, observations: list[dict], action_dim: int | None) -> list[dict]
 class _Remote:
     """The policy, as an episode sees it, and what it has cost so far."""
 
-    def __init__(self, ask: Callable[[dict], dict]):
-        self.ask, self.seconds, self.replaced = ask, 0.0, 0
+    def __init__(self, ask: Callable[[dict], dict], takes_drafts: bool):
+        self.ask, self.takes_drafts = ask, takes_drafts
+        self.seconds, self.replaced, self.drafts, self.accepted = 0.0, 0, 0, 0
 
     def infer(self, observation: dict) -> dict:
         answer = self.ask(observation)
         self.seconds += answer["seconds"]
         self.replaced += answer["replaced"]
+        self.drafts += "accepted" in answer
+        self.accepted += int(answer.get("accepted", 0))
         return answer
 
 
@@ -157,7 +166,7 @@ class _Simulator:
         recording = Recording(env) if job.video else None
         # Names, not a policy's statistics, tell the gripper: experts have none, and the policy's dims are these.
         averaged = [name != "gripper" for name, _ in env.conventions.action_dims]
-        policy = _Remote(ask)
+        policy = _Remote(ask, "draft" in self.needs)
         queue = ActionQueue(policy, self.execute, self.ensemble, averaged)
         steps, success = 0, False
         while not success and steps < env.max_steps:
@@ -171,7 +180,8 @@ class _Simulator:
             recording.write(job, success)
         seconds = time.perf_counter() - start
         spent = {**env.stopwatch.seconds, "policy": policy.seconds}
-        return Outcome(success, steps, env.instruction, spent, seconds, policy.replaced)
+        drafts = {"drafts": policy.drafts, "accepted": policy.accepted}
+        return Outcome(success, steps, env.instruction, spent, seconds, policy.replaced, **drafts)
 
     def _observe(self, expert, place: tuple[int, int, int]) -> dict:
         """What the policy needs. `place`: task, episode and step."""

@@ -93,7 +93,7 @@ class OpenVLAPolicy:
     @property
     def needs(self) -> tuple[str, ...]:
         """What simulators have to send; baselines need less."""
-        return ("images", "seed") if self.model.config.denoises else ("images",)
+        return ("images", *["seed"] * self.model.config.denoises, *["draft"] * self.takes_drafts)
 
     @property
     def takes_drafts(self) -> bool:

@@ -63,7 +63,7 @@ def test_metadata_is_json_and_tells_units_and_ranges(policy, model):
     assert [dim["high"] for dim in metadata["action_dims"]] == stats["q99"]
     assert metadata["num_cameras"] == metadata["action_chunk"] == 1 and metadata["image_size"] == [224, 224]
     assert metadata["checkpoint"] == "tiny" and metadata["control_frequency"] is None
-    assert metadata["mask"] == [True] * 6 + [False] and policy.needs == ("images",)
+    assert metadata["mask"] == [True] * 6 + [False] and policy.needs == ("images", "draft")
     assert (metadata["action_head"], metadata["attention"]) == ("token", "causal")
     assert metadata["proprio_dim"] == 0 and metadata["proprio_names"] is None and "seed" not in metadata
 

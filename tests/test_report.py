@@ -36,7 +36,10 @@ def test_summary_counts_by_task_and_together():
     assert summary["success_rate"] == 0.75 and summary["mean_steps"] == 125
     assert summary["interval"] == list(wilson_interval(3, 4))
     assert summary["cpu_ms_per_step"] == pytest.approx({"physics": 20, "render": 50})
-    assert summary["restarts"] == 1
+    assert summary["restarts"] == 1 and summary["accepted_per_draft"] is None
+    drafted = [{**line, "drafts": 10, "accepted": 13} for line in EPISODES[:2]] + [{**EPISODES[2], "drafts": 5}]
+    assert summarize(drafted)["accepted_per_draft"] == 26 / 25
+    assert "which drafts the next: 1.04" in format_table("libero_goal", summarize(drafted))
     assert summarize(reversed(EPISODES)) == summary
 
 

@@ -22,7 +22,7 @@ from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_stati
 from openvla.evaluate.envs import open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.evaluate.report import short_name
-from openvla.evaluate.rollout import Job, _Simulator, run_episodes
+from openvla.evaluate.rollout import Job, _act, _Simulator, run_episodes
 from openvla.evaluate.simulate import EpisodeLog
 from openvla.serve.policy import OpenVLAPolicy
 
@@ -186,6 +186,30 @@ def test_chunks_are_averaged_but_for_the_gripper():
         env.step([motion[0], 0.0, motion[1], 0.0, 0.0, 0.0, step % 2 == 0])
     np.testing.assert_allclose(env.get_state(), reached, rtol=0, atol=1e-9)
     env.close()
+
+
+@needs_libero
+def test_drafts_change_no_episode_and_are_counted(model, processor):
+    """8 steps of a policy that answers token by token, with the last answer as a draft and without."""
+    policy = OpenVLAPolicy(model, processor, "bridge_orig", image_options={"jpeg_quality": None})
+    env = open_env("libero_object", 0, renderer="fast")
+    env.max_steps, reached, answers = 8, [], []
+
+    def ask(observation):
+        answers.append(_act(policy, [observation], 7)[0])
+        return answers[-1]
+
+    for needs in (("images",), policy.needs):
+        simulator = _Simulator({}, needs, 7, None, None)
+        simulator.env, simulator.opened = env, ("libero_object", 0)
+        outcome = simulator(JOBS[1], ask)
+        reached.append(env.get_state())
+    env.close()
+    np.testing.assert_allclose(*reached, rtol=0, atol=1e-9)
+    tokens = np.array([answer["token_ids"] for answer in answers]).reshape(2, 8, 7)
+    np.testing.assert_array_equal(*tokens)
+    right = (tokens[0, 1:, :6] == tokens[0, :-1, :6]).cumprod(axis=1).sum()
+    assert (outcome.drafts, outcome.accepted) == (7, right)
 
 
 @pytest.fixture(scope="module")
