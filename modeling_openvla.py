@@ -655,9 +655,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             raise ValueError(f"Got {len(rows)} prompts but proprio of {len(proprio)} observations.")
         observation = {"pixel_values": pixel_values, "proprio": proprio}
         shape = (len(rows), self.config.action_chunk, action_dim)
-        if noise is None and self.config.denoises:
+        if self.config.denoises and noise is None:
             noise = torch.randn(shape, generator=generator)
-        if noise is not None and tuple(noise.shape) != shape:
+        if self.config.denoises and tuple(noise.shape) != shape:
             raise ValueError(f"Expected noise of {shape}, got {tuple(noise.shape)}.")
         guesses = torch.empty(len(rows), 0, dtype=torch.long, device=self.device)
         if draft is not None:
