@@ -51,8 +51,8 @@ MISTAKES = {
     "images see the slots of a prefix": ("modeling_openvla.py", "one_pass = prefix and not past", "one_pass = False"),
     "slots read where they are": (
         "modeling_openvla.py",
-        "hidden_state[:, length - 1 : length - 1 + count]",
-        "hidden_state[:, length : length + count]",
+        "num_read=whole.shape[1] - length + 1,",
+        "num_read=whole.shape[1] - length,",
     ),
     "slots trained where they are": ("modeling_openvla.py", "slots = F.pad(slots[:, 1:], (0, 1))", "pass"),
     "slots not emptied": (
@@ -106,7 +106,21 @@ MISTAKES = {
         "action[self.averaged] = (weights @ predictions / weights.sum())[self.averaged]",
         "action = weights @ predictions / weights.sum()",
     ),
-    "one noise for a batch": ("serve/policy.py", "for seed in seeds]", "for seed in seeds[:1] * len(seeds)]"),
+    "one noise for a batch": ("modeling_openvla.py", "for seed in seeds:", "for seed in seeds[:1] * len(seeds):"),
+    "drafts are believed": ("action_decoding.py", "right = int(leading.min())", "right = guesses.shape[1]"),
+    "drafts right in one row are in all": ("action_decoding.py", "int(leading.min())", "int(leading.max())"),
+    "last layer under another mask": (
+        "language_layers.py",
+        "attention_mask[:, :, unread:]",
+        "attention_mask[:, :, :num_read]",
+    ),
+    "draft sees what follows it": ("language_layers.py", ".tril(past + unread)", ".tril(past + length)"),
+    "compiled tokens see padding": ("compiled_actions.py", "<= positions[:, :, None]", ">= 0 * positions[:, :, None]"),
+    "drafts are of other steps": (
+        "serve/action_queue.py",
+        "steps = np.arange(len(chunk)) +",
+        "steps = np.arange(len(chunk)) + 0 *",
+    ),
     "chunks counted past the end": ("evaluate/offline.py", "[~step.is_pad for", "[step.is_pad | True for"),
     "noise of evaluations by chance": ("evaluate/offline.py", "[(NOISE_SEED, index) for", "[None for"),
     "layers of odd sizes stay as they are": ("quantization.py", "if odd or (", "if odd and ("),
