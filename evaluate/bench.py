@@ -1,146 +1,303 @@
-"""Milliseconds per action: `predict_action` against `generate()`, in alternation, in one process.
+"""Milliseconds per action: ways to act side by side in one process, by stage, and how far they are from the floor.
 
-openvla bench
-openvla bench --size tiny --repeats 30 --json bench.json
-openvla bench --model openvla/openvla-7b --dtype bfloat16 --device cuda
+openvla bench                                                       # 317 M parameters, random weights
+openvla bench --quick --plot speed.png
+openvla bench --threads 1 --ways original eager drafts compiled --json speed.json --plot speed.png
+openvla bench --size 7b --dtype bfloat16 --device cuda              # nothing is downloaded
+openvla bench --size 7b --dtype bfloat16 --batch 1 2 4 8 16 32 64   # one policy for a fleet of robots
+openvla bench --ways heads                                          # chunks of 8, two cameras: every head
+openvla bench --model openvla/openvla-7b --dtype bfloat16
+openvla bench --from speed.json --plot speed.png                    # the same tables, drawn again
 
-Without `--model` the weights are random: speed depends on shapes only. Both ways must give the same tokens, or the run
-fails. The ratio is the median over pairs of runs that follow each other, with its quartiles.
+Ways: original (generate() with the head over all positions, images resized per tower), generate (ours), eager
+(predict_action), draft (with the right answer as a draft), draft-K (K tokens of it right), compiled, compiled-draft,
+graphs, graphs-draft (CUDA graphs); of chunks: token-parallel, l1, l1-original, flow, flow-bidirectional, diffusion,
+diffusion-prefix. Groups: tokens, drafts, heads.
+
+Ways take turns; a ratio is the median over rounds of baseline to way, with quartiles ("policy": without
+preprocessing). Those that choose the same tokens must do so, or the run fails. Stages come from rounds of their own.
+The floor is what the work takes at the bandwidth and the matrix products that this machine is seen to do before and
+after (`evaluate/bench_floor.py`); preprocessing has none, and is left out of "x floor".
 """
 
+import contextlib
+import copy
 import json
+import logging
 import os
-import platform
+import shlex
 import statistics
-import time
+import sys
+from pathlib import Path
 
 from openvla.cli import command_parser
+from openvla.evaluate.bench_clock import (
+    STAGES,
+    compare,
+    make_clock,
+    measure_rounds,
+    measure_stages,
+    peak_memory,
+    summarize,
+)
+from openvla.evaluate.bench_floor import action_work, floor_milliseconds
+from openvla.evaluate.bench_machine import best_of, describe_machine, measure_ceilings
+from openvla.evaluate.bench_policies import (
+    ACTION_DIM,
+    INSTRUCTION,
+    PROPRIO_DIM,
+    SIZES,
+    UNNORM_KEY,
+    bench_config,
+    observe,
+    random_policy,
+    random_processor,
+)
+from openvla.evaluate.bench_report import tell
+from openvla.evaluate.bench_ways import HEAD_WAYS, TOKEN_WAYS, Scene, build_ways, check_agreement, name_ways
 
-# width, depth and heads of both towers; width, MLP width, depth and heads of the language model
-SIZES = {"tiny": (64, 3, 2, 128, 352, 3, 2), "mid": (384, 12, 6, 1024, 2816, 16, 16)}
-
-
-def random_policy(size: str):
-    """A policy of random weights with the released structure (two towers, 256 patches, Llama with 32,064 tokens)."""
-    import torch
-
-    from openvla.configuration_openvla import OpenVLAConfig
-    from openvla.modeling_openvla import OpenVLAForActionPrediction
-
-    width, depth, heads, hidden, mlp, layers, llm_heads = SIZES[size]
-    tower = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    dino = {**tower, "reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
-    text = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    text |= {"num_attention_heads": llm_heads, "vocab_size": 32064, "pad_token_id": 32000}
-    config = OpenVLAConfig(
-        "bench",
-        llm_backbone_id="llama2-7b-pure",
-        image_resize_strategy="resize-naive",
-        timm_model_ids=["dino", "siglip"],
-        timm_model_args={"dino": dino, "siglip": {**tower, "class_token": False}},
-        text_config=text,
-        action_dim=7,
-    )
-    model = OpenVLAForActionPrediction(config).eval()
-    with torch.no_grad():  # random weights would pick any token; ours must be actions, as those of a policy are
-        model.lm_head.weight[: model.action_tokenizer.vocab_start] *= 0.1
-        model.lm_head.weight[model.action_tokenizer.vocab_end :] *= 0.1
-    return model
-
-
-def measure_pairs(first, second, repeats: int, synchronize) -> list[tuple[float, float]]:
-    """Milliseconds of both callables, run in turns; who goes first alternates, so that neither gains by it."""
-    pairs = []
-    for repeat in range(repeats):
-        elapsed = {}
-        for way in ((first, second), (second, first))[repeat % 2]:
-            synchronize()
-            start = time.perf_counter()
-            way()
-            synchronize()
-            elapsed[way] = (time.perf_counter() - start) * 1e3
-        pairs.append((elapsed[first], elapsed[second]))
-    return pairs
-
-
-def summarize(name: str, milliseconds: list[float]) -> dict:
-    ordered = sorted(milliseconds)
-    quantile = {f"p{p}": round(ordered[min(int(len(ordered) * p / 100), len(ordered) - 1)], 2) for p in (5, 50, 95)}
-    return {"way": name, **quantile, "hz": round(1e3 / statistics.median(ordered), 2)}
+DTYPES = ("float32", "bfloat16", "float16")
+DRAFTS = [f"draft-{right}" for right in range(ACTION_DIM)]
+GROUPS = {"tokens": list(TOKEN_WAYS), "drafts": DRAFTS, "heads": ["eager", *HEAD_WAYS]}
+USUAL = ["original", "generate", "eager", "draft"]
 
 
 def main(argv: list[str]) -> None:
+    args = parse(argv)
+    if args.plot:
+        import matplotlib  # noqa: F401  # before the measurement, not after
+    if args.source:
+        result = json.loads(Path(args.source).read_text(encoding="utf-8"))
+    else:
+        result = {"command": shlex.join(["openvla", "bench", *argv]), **measure(args)}
+    if args.json:
+        write(args.json, json.dumps(result, indent=1).encode())
+    print(tell(result))
+    if args.plot:
+        from openvla.evaluate.bench_plot import draw
+
+        write(args.plot, draw(result))
+
+
+def parse(argv: list[str]):
+    """The arguments, with those that depend on others settled."""
     parser = command_parser("bench", __doc__)
-    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint instead of random weights")
-    parser.add_argument("--size", choices=SIZES, default="mid", help="size of the random policy")
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of runs")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16, float16")
+    parser.add_argument(
+        "--ways", nargs="+", metavar="WAY", help="which; default: the first four, on CUDA all of tokens"
+    )
+    parser.add_argument(
+        "--against", metavar="WAY", help="what ratios are to; default: original, eager, l1 or the first"
+    )
+    parser.add_argument("--size", choices=SIZES, help="of a policy with random weights; default: mid (317 M)")
+    parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint instead")
+    parser.add_argument("--unnorm-key", metavar="KEY", help="its statistics; default: the first")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="ROBOTS", help="observations at once")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--chunk", type=int, help="steps of a chunk; default: 1, with heads 8, of a model its own")
+    parser.add_argument("--cameras", type=int, help="default: 1, with heads 2, of a model its own")
+    parser.add_argument("--repeats", type=int, help="rounds; default: 15, with heads 3")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before that are not counted")
+    parser.add_argument("--quick", action="store_true", help="tiny, 3 rounds, unless told otherwise")
     parser.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    parser.add_argument("--json", metavar="FILE", help="also write the result to a file")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's choice")
+    parser.add_argument("--json", metavar="FILE", help="write the result")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="a result to show again instead of measuring")
     args = parser.parse_args(argv)
+    if args.source:
+        return args
+    args.size = args.size or ("tiny" if args.quick else "mid")
+    if min(*args.batch, 1 if args.repeats is None else args.repeats) < 1 or args.warmup < 0:
+        given = f"{args.batch}, {args.repeats}, {args.warmup}"
+        raise ValueError(f"--batch and --repeats must be from 1 and --warmup from 0; got {given}.")
+    args.ways = settle_ways(args)
+    with_heads = any(name in HEAD_WAYS for name in args.ways)
+    if args.against not in (None, *args.ways):
+        raise ValueError(f"--against must be one of the ways {args.ways}, got {args.against!r}.")
+    args.against = args.against or next((name for name in ("original", "l1") if name in args.ways), args.ways[0])
+    args.repeats = args.repeats or (3 if args.quick or with_heads else 15)
+    if args.model:
+        if with_heads:
+            raise ValueError("Heads are compared with random weights: leave out --model, or these ways.")
+        args.size = None
+        return args
+    args.chunk, args.cameras = args.chunk or (8 if with_heads else 1), args.cameras or (2 if with_heads else 1)
+    args.proprio = PROPRIO_DIM if with_heads else 0
+    return args
 
+
+def settle_ways(args) -> list[str]:
+    """Names of ways, groups resolved."""
+    if args.ways is None:
+        if len(args.batch) > 1:
+            return ["eager", "draft"]
+        import torch
+
+        on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+        return GROUPS["tokens"] if on_gpu else USUAL
+    names = [name for given in args.ways for name in GROUPS.get(given, [given])]
+    known = name_ways(ACTION_DIM)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"Unknown ways {unknown}; there are {sorted(known)} and the groups {sorted(GROUPS)}.")
+    return list(dict.fromkeys(names))
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+def measure(args) -> dict:
+    """All runs: one per type and batch size."""
     import torch
-    import transformers
-
-    from openvla.modeling_openvla import OpenVLAForActionPrediction
+    from tqdm import tqdm
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, args.dtype)
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this torch ({torch.__version__}) sees no GPU.")
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.model:
-        model = OpenVLAForActionPrediction.from_pretrained(args.model, dtype=dtype).eval()
-    else:
-        model = random_policy(args.size).to(dtype)
-    model = model.to(device)
+    result = {**describe_machine(device), "settings": settings_of(args), "runs": []}
+    turns = len(args.dtype) * len(args.batch) * len(args.ways) * turns_of_a_way(args)
+    with tqdm(total=turns, unit="turn", disable=not sys.stderr.isatty()) as bar, _quiet():
+        for name in args.dtype:
+            policy, make_processor, key = find_policy(args, getattr(torch, name), device)
+            for batch in args.batch:
+                run = measure_run(args, policy, make_processor, key, batch, bar)
+                result["runs"].append({"dtype": name, "batch": batch, "parameters": policy.num_parameters(), **run})
+    return result
 
-    # 1. One observation: an instruction of usual length, and noise
-    torch.manual_seed(0)
-    count, end = model.config.num_image_tokens, model.config.prompt_end_token_id
-    text = [512, 29901, 1724, 3158, 881, 278, 19964, 2125, 304, 5839, 701, 278, 18002, 29973, 13, 3744, 29901]
-    input_ids = torch.tensor([[1] + [model.config.image_token_id] * count + text + ([end] if end else [])]).to(device)
-    side, channels = model.config.image_sizes[0], 3 * len(model.config.timm_model_ids) * model.config.num_cameras
-    pixel_values = torch.randn(1, channels, side, side).to(device)
-    inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
-    dim = model.config.action_dim or 7
 
-    def act():
-        return model.sample_actions(**inputs, action_dim=dim).token_ids
+def find_policy(args, dtype, device: str):
+    """A policy, a function that gives everybody who asks a processor of their own, and whose statistics to use."""
+    if not args.model:
+        fields = {"action_chunk": args.chunk, "num_cameras": args.cameras, "proprio_dim": args.proprio}
+        return random_policy(bench_config(args.size, **fields), dtype, device), random_processor, UNNORM_KEY
+    from openvla.loading import load_onto
 
-    def generate():
-        mask = torch.ones_like(input_ids)
-        return model.generate(**inputs, attention_mask=mask, max_new_tokens=dim, do_sample=False)[:, -dim:]
+    policy, processor = load_onto(device, args.model, dtype=dtype, action_chunk=args.chunk, num_cameras=args.cameras)
+    key = args.unnorm_key or next(iter(policy.norm_stats or {}), None)
+    return policy, lambda config: copy.copy(processor), key
 
-    # 2. The same tokens, then the clock
-    if act().tolist() != generate().tolist():
-        raise RuntimeError(f"predict_action gives {act().tolist()}, generate {generate().tolist()}: not comparable.")
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    pairs = measure_pairs(generate, act, args.repeats, synchronize)
-    ratios = [slow / fast for slow, fast in pairs]
-    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-    rows = [summarize("generate()", [pair[0] for pair in pairs]), summarize("predict_action", [p[1] for p in pairs])]
-    result = {
-        "model": args.model or f"{args.size} (random weights)",
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "positions": input_ids.shape[1],
-        "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "repeats": args.repeats,
-        "milliseconds": rows,
-        "speedup": {"median": round(quartiles[1], 3), "quartiles": [round(quartiles[0], 3), round(quartiles[2], 3)]},
+
+@contextlib.contextmanager
+def _quiet():
+    """A trained policy would rather not act on noise: that need not be said at every turn."""
+    logger = logging.getLogger("openvla.modeling_openvla")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def measure_run(args, policy, make_processor, unnorm_key: str, batch: int, bar) -> dict:
+    """One batch size in one type."""
+    import torch
+
+    config, device = policy.config, str(policy.device)
+    now = make_clock(device)
+    states = [[0.5] * config.proprio_dim] * batch if config.proprio_dim else None
+    dim = policy.get_action_dim(unnorm_key)
+    noise = torch.randn(batch, config.action_chunk, dim, generator=torch.Generator().manual_seed(0))
+    scene = Scene(INSTRUCTION, observe(batch, config.num_cameras), states, unnorm_key, noise)
+
+    # 1. The same actions, the ceilings, and what need not be counted
+    ways, skipped = build_ways(args.ways, policy, make_processor, scene)
+    bar.total -= len(skipped) * turns_of_a_way(args)
+    if not ways:
+        return {"ways": [], "skipped": skipped}
+    agreement = check_agreement(ways, policy, scene)
+    lengths = {name: way.prepare()["input_ids"].shape[1] for name, way in ways.items()}
+    seconds = 0.05 if args.quick else 0.3
+    about = (device, policy.dtype, batch * max(lengths.values()), config.text_config, now, seconds)
+    before = measure_ceilings(*about)
+    measure_rounds(ways, args.warmup, now, bar.update)
+    memory = {}
+    for name, way in ways.items():
+        memory[name] = peak_memory(lambda way=way: way.act(way.prepare()), device)
+        bar.update()
+
+    # 2. The clock; then, as looking at them takes time, the stages
+    times = measure_rounds(ways, args.repeats, now, bar.update)
+    stages = {}
+    for name, way in ways.items():
+        stages[name] = measure_in_stages(way, now, stage_rounds(args))
+        bar.update(stage_rounds(args))
+    after = measure_ceilings(*about)
+    ceilings = best_of(before, after)
+
+    # 3. What it says
+    against = args.against if args.against in ways else next(iter(ways))
+    rows = []
+    for name, way in ways.items():
+        split, passes = stages[name]
+        itemsize = policy.lm_head.weight.element_size()
+        work = action_work(way.policy.config, batch, lengths[name], itemsize, way.drafted, passes, dim)
+        row = {
+            "way": name,
+            "what": way.what,
+            **describe_times(times[name], times[against], batch * way.policy.config.action_chunk),
+            "compile_seconds": way.compile_seconds,
+            "stages_ms": split,
+            "passes": passes,
+            "prompt_tokens": lengths[name],
+            "peak_memory_mib": memory[name],
+            "floor_ms": floor_milliseconds(work, ceilings),
+            **agreement.get(name, {}),
+            "samples_ms": times[name],
+        }
+        row["times_floor"] = row["policy_ms"]["p50"] / row["floor_ms"]["total"]
+        rows.append(rounded(row))
+    seen = {"before": before, "after": after, "best": ceilings}
+    return {"against": against, "ceilings": rounded(seen), "ways": rows, "skipped": skipped}
+
+
+def describe_times(samples: list, baseline: list, num_actions: int) -> dict:
+    """Of turns `(preparing, acting)` in milliseconds, and those of the baseline in the same rounds."""
+    whole, base = ([sum(pair) for pair in pairs] for pairs in (samples, baseline))
+    acting, base_acting = ([pair[1] for pair in pairs] for pairs in (samples, baseline))
+    milliseconds = summarize(whole)
+    return {
+        "ms": milliseconds,
+        "policy_ms": summarize(acting),
+        "hz": 1e3 / milliseconds["p50"],
+        "actions_per_second": 1e3 * num_actions / milliseconds["p50"],
+        "times_as_fast": compare(base, whole),
+        "policy_times_as_fast": compare(base_acting, acting),
     }
-    if args.json:
-        with open(args.json + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=2)
-        os.replace(args.json + ".tmp", args.json)
-    print(f"{result['model']}, {result['parameters'] / 1e6:.0f} M parameters, {args.dtype}, {result['device']}")
-    print(f"{'':<16}{'p5 ms':>10}{'p50 ms':>10}{'p95 ms':>10}{'Hz':>8}")
-    for row in rows:
-        print(f"{row['way']:<16}{row['p5']:>10}{row['p50']:>10}{row['p95']:>10}{row['hz']:>8}")
-    low, high = result["speedup"]["quartiles"]
-    print(f"predict_action is {quartiles[1]:.2f} times as fast (quartiles {low:.2f} to {high:.2f})")
+
+
+def stage_rounds(args) -> int:
+    return max(args.repeats // 3, 1)
+
+
+def turns_of_a_way(args) -> int:
+    return args.warmup + 1 + args.repeats + stage_rounds(args)  # the one is for memory
+
+
+def measure_in_stages(way, now, rounds: int) -> tuple[dict | None, int]:
+    """Medians of the stages, and the number of passes; None for ways whose stages are one."""
+    if way.passes_of is None:
+        return None, way.act(way.prepare()).get("passes", 1)
+    found = [measure_stages(way, now) for _ in range(rounds)]
+    return {stage: statistics.median(split[stage] for split, _ in found) for stage in STAGES}, found[0][1]
+
+
+def settings_of(args) -> dict:
+    names = ("model", "size", "dtype", "batch", "ways", "chunk", "cameras", "repeats", "warmup", "quick")
+    return {name: getattr(args, name) for name in names}
+
+
+def rounded(value):
+    """Numbers to five digits, however deep."""
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(each) for each in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def write(path: str, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path + ".tmp", "wb") as file:
+        file.write(content)
+    os.replace(path + ".tmp", path)

@@ -79,15 +79,18 @@ def head_work(config, batch: int, itemsize: int) -> Work:
     return linear(batch * config.action_chunk, weights, itemsize)
 
 
-def action_work(config, batch: int, length: int, itemsize: int, drafted: bool = False, passes: int = 1) -> dict:
+def action_work(
+    config, batch: int, length: int, itemsize: int, drafted: bool = False, passes: int = 1, dim: int | None = None
+) -> dict:
     """The passes of an action (or chunk) by stage: `{"vision": [Work], "prefill": [Work], "decode": [Work, …]}`.
 
     Args:
         length: tokens of the prompt, placeholders included.
         drafted: whether a draft rides along with the prompt.
         passes: of the language model, for tokens one after the other.
+        dim: A, where `config.action_dim` does not tell.
     """
-    text, count = config.text_config, config.action_chunk * (config.action_dim or 7)
+    text, count = config.text_config, config.action_chunk * (dim or config.action_dim)
     one_head = head_work(config, batch, itemsize)
 
     def pass_of(new: int, past: int, read: int, causal: bool) -> Work:

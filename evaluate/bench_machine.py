@@ -29,6 +29,7 @@ def describe_machine(device: str) -> dict:
     hardware = {"device": device, "name": cpu["name"], "cpu": cpu, "threads": torch.get_num_threads()}
     hardware["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if device.startswith("cuda"):
+        hardware["float32_products"] = torch.get_float32_matmul_precision()  # "highest": no TF32
         gpu = torch.cuda.get_device_properties(device)
         hardware |= {
             "name": gpu.name,

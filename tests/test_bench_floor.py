@@ -103,6 +103,9 @@ def test_the_passes_of_each_way():
     partly = action_work(config, 1, 275, 4, drafted=True, passes=5)  # two tokens were right: three are known
     assert partly["decode"][1] == language_work(text, 1, 1, 277, 1, True, 4) + one_row and len(partly["decode"]) == 5
 
+    six = action_work(bench_config("tiny"), 1, 275, 4, passes=6, dim=6)
+    assert six["decode"] == plain["decode"][:6]
+
     flow = bench_config("tiny", attention="prefix", action_head="flow", action_chunk=8)
     step = language_work(text, 1, 56, 275, 56, False, 4) + head_work(flow, 1, 4)
     assert action_work(flow, 1, 275, 4)["prefill"] == [language_work(text, 1, 275, 0, 0, False, 4)]

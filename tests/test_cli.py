@@ -4,11 +4,9 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from openvla import cli
 from openvla.action_tokenizer import name_action_dims
-from openvla.evaluate import bench
 
 
 @pytest.fixture
@@ -94,17 +92,3 @@ def test_names_of_action_dims(model):
     assert name_action_dims(stats, "robot")[6] == ("action 6", "")
     stats["robot"]["action"] |= {"names": list("abcdefg"), "units": ["rad"] * 7}
     assert name_action_dims(stats, "robot")[1] == ("b", "rad")
-
-
-def test_bench_compares_equal_work_and_writes_its_result(tmp_path, capsys):
-    bench.main(["--size", "tiny", "--repeats", "2", "--json", str(tmp_path / "bench.json")])
-    result = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["way"] for row in result["milliseconds"]] == ["generate()", "predict_action"]
-    assert result["positions"] == 1 + 256 + 17 + 1 and result["torch"] == torch.__version__
-    assert "times as fast" in capsys.readouterr().out
-
-
-def test_pairs_take_turns():
-    order = []
-    pairs = bench.measure_pairs(lambda: order.append("a"), lambda: order.append("b"), 4, lambda: None)
-    assert "".join(order) == "abbaabba" and len(pairs) == 4
