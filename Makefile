@@ -1,7 +1,7 @@
 # make demo    set up and act once, without any download
 # make test    set up and run the tests on the newest transformers; test-v4: on 4.57.6; test-all: both
 # make check   lint and formatting
-# make bench   milliseconds per action
+# make bench   milliseconds per action, by stage and beside the floor: bench.json, bench.png
 # make test-slow, make test-bite: slower checks; the latter plants mistakes and shows which tests notice
 # make test-published: publish on a Hub in the tests; act in environments with transformers and torch alone
 # make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
@@ -93,7 +93,7 @@ format: .venv/ready
 	$(BIN)/ruff format .
 
 bench: .venv/ready
-	$(BIN)/openvla bench --json bench.json
+	$(BIN)/openvla bench --json bench.json --plot bench.png
 
 clean:
 	rm -rf .venv .venv-* build runs *.egg-info
