@@ -6,19 +6,22 @@ python -m openvla.evaluate.bench_quantization --model runs/cup/merged --data dem
     --dtype float32 --methods bfloat16 int8 torchao-int8 --json quantization.json
 
 Agreement is with the policy as it is, not with what was recorded: `openvla evaluate --data … --quantize …` tells that.
-"bfloat16" as a method quantises nothing: with --dtype float32 it shows what rounding alone does. A policy of random
-weights has other margins between its tokens than a trained one: what is found for it says nothing about another.
+"bfloat16" as a method quantises nothing: with --dtype float32 it shows what rounding alone does. Random weights have
+other margins between tokens than a trained policy's: with --size, only time and memory say something.
 """
 
+import argparse
 import os
 import platform
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from openvla.cli import command_parser
+from openvla.evaluate.bench import SIZES
 from openvla.quantization import METHODS, loading_options, plain_tensors
 
 SEED = 0  # of the choice of frames, and of the noise that some heads start from
@@ -82,39 +85,34 @@ def quartiles(values: list[float], digits: int) -> list[float]:
     return [round(value, digits) for value in found]
 
 
-def main(argv: list[str]) -> None:
-    parser = command_parser("bench", __doc__)
-    parser.prog = "python -m openvla.evaluate.bench_quantization"
-    add = parser.add_argument
-    add("--model", required=True, metavar="PATH_OR_ID", help="a checkpoint that is not quantised")
-    add("--data", required=True, metavar="DATASET", help="LeRobot, RLDS, HDF5, plain folder, or Hub id")
-    names = [*METHODS, "bfloat16"]
-    add("--methods", nargs="+", choices=names, default=names[:3], metavar="METHOD", help=f"of {', '.join(names)}")
-    add("--frames", type=int, default=64, help="chosen at random, from as many episodes as possible (64)")
-    add("--unnorm-key", help="whose statistics to act with; default: the dataset's, or the only ones")
-    add("--cameras", nargs="+", help="in the policy's order; default: those of its training, or the first ones")
-    add("--center-crop-area", type=float, metavar="SHARE", help="default: as the checkpoint declares")
-    add("--dtype", default="bfloat16", help="of the reference, and of what is not quantised: bfloat16, float32")
-    add("--device", help="cuda, cpu, …; default: cuda if there is one")
-    add("--threads", type=int, help="CPU threads; default: torch's choice")
-    add("--json", metavar="FILE", help="also write the result to a file")
-    args = parser.parse_args(argv)
-    if args.frames < 1:
-        raise ValueError(f"Expected --frames of 1 or more, got {args.frames}.")
+def save_random(size: str, model: str, folder: str) -> None:
+    """A policy of random weights, with the processor and the statistics of another."""
+    import torch
 
+    from openvla.evaluate.bench import random_policy
+    from openvla.loading import load
+
+    torch.manual_seed(0)
+    policy = random_policy(size)
+    given, processor = load(model)
+    policy.config.norm_stats = given.norm_stats
+    policy.bfloat16().save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def measure(args: argparse.Namespace, checkpoint: str) -> dict:
+    """All numbers, of a checkpoint and of the options of `main`."""
     import torch
     import transformers
     from tqdm import tqdm
 
+    from openvla.evaluate.offline import quiet
     from openvla.evaluate.offline_report import name_dims
-    from openvla.evaluate.report import write_json
     from openvla.finetune.readers import open_reader
     from openvla.finetune.steps import choose_cameras
     from openvla.serve.policy import OpenVLAPolicy
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     for method in set(args.methods) & set(METHODS):  # what cannot be is said before anything is loaded
         loading_options(method, {"device_map": device, "dtype": args.dtype})
     reader = open_reader(args.data)
@@ -122,41 +120,37 @@ def main(argv: list[str]) -> None:
     def open_policy(quantize: str | None = None, dtype: str = args.dtype):
         crop = {} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}
         options = {"image_options": crop, "prefer": (reader.name,), "quantize": quantize}
-        return OpenVLAPolicy.from_pretrained(args.model, args.unnorm_key, dtype, device, **options)
+        return OpenVLAPolicy.from_pretrained(checkpoint, args.unnorm_key, dtype, device, **options)
 
     # 1. The reference, and what it sees
     reference = open_policy()
-    metadata, norm_stats = reference.metadata, reference.model.norm_stats
+    metadata = reference.metadata
     cameras = choose_cameras(reader, metadata["num_cameras"], args.cameras, metadata["cameras"])
     frames = choose_frames(reader, args.frames, cameras)
-    rows, times = [], []
 
     # 2. Every method beside it, one after the other
+    rows, times = [], []
     total = len(args.methods) * len(frames)
-    with tqdm(total=total, unit="frame", disable=not sys.stderr.isatty()) as progress:
+    with quiet(), tqdm(total=total, unit="frame", disable=not sys.stderr.isatty()) as progress:
         for method in args.methods:
             progress.set_description(method)
-            plain = method == "bfloat16"
-            policy = open_policy(dtype="bfloat16") if plain else open_policy(method)
-            size = weight_bytes(policy.model)
-            row = compare(reference, policy, frames, progress)
+            policy = open_policy(dtype=method) if method == "bfloat16" else open_policy(method)
+            row = {"method": method, "bytes": weight_bytes(policy.model)}
+            row |= compare(reference, policy, frames, progress)
             mine, theirs = row.pop("milliseconds"), row.pop("reference_milliseconds")
             times += theirs
             ratios = [slow / fast for slow, fast in zip(theirs, mine)]
-            row = {"method": method, **row, "bytes": size, "milliseconds": quartiles(mine, 2)}
-            rows.append(row | {"times_as_fast": quartiles(ratios, 3)})
+            rows.append(row | {"milliseconds": quartiles(mine, 2), "times_as_fast": quartiles(ratios, 3)})
             del policy
 
-    # 3. The report
-    dims = name_dims(norm_stats, reference.unnorm_key, reader)
-    result = {
-        "model": args.model,
+    return {
+        "model": f"{args.size} (random weights)" if args.size else args.model,
         "parameters": sum(parameter.numel() for parameter in reference.model.parameters()),
         "data": args.data,
         "unnorm_key": reference.unnorm_key,
         "frames": len(frames),
         "action_chunk": metadata["action_chunk"],
-        "dims": dims,
+        "dims": name_dims(reference.model.norm_stats, reference.unnorm_key, reader),
         "dtype": args.dtype,
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
@@ -166,9 +160,6 @@ def main(argv: list[str]) -> None:
         "reference": {"bytes": weight_bytes(reference.model), "milliseconds": quartiles(times, 2)},
         "methods": rows,
     }
-    if args.json:
-        write_json(Path(args.json), result)
-    print(format_tables(result))
 
 
 def format_tables(result: dict) -> str:
@@ -189,11 +180,47 @@ def format_tables(result: dict) -> str:
             f"{f'{low:.1f} to {high:.1f}':>18}   {fast}".rstrip()
         )
     lines += ["", "mean absolute difference per action dim"]
-    lines.append(f"{'':<14}" + "".join(f"{name:>12}" for name, _ in result["dims"]))
-    lines.append(f"{'':<14}" + "".join(f"{unit:>12}" for _, unit in result["dims"]))
+    lines.append(f"{'':<14}" + "".join(f"{name:>15}" for name, _ in result["dims"]))
+    lines.append(f"{'':<14}" + "".join(f"{unit:>15}" for _, unit in result["dims"]))
     for row in result["methods"]:
-        lines.append(f"{row['method']:<14}" + "".join(f"{value:>12.3g}" for value in row["difference"]))
+        lines.append(f"{row['method']:<14}" + "".join(f"{value:>15.3g}" for value in row["difference"]))
     return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = command_parser("bench", __doc__)
+    parser.prog = "python -m openvla.evaluate.bench_quantization"
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH_OR_ID", help="a checkpoint that is not quantised")
+    add("--size", choices=SIZES, help="instead: a policy of random weights, with its processor and statistics")
+    add("--data", required=True, metavar="DATASET", help="LeRobot, RLDS, HDF5, plain folder, or Hub id")
+    names = [*METHODS, "bfloat16"]
+    add("--methods", nargs="+", choices=names, default=names[:3], metavar="METHOD", help=f"of {', '.join(names)}")
+    add("--frames", type=int, default=64, help="chosen at random, from as many episodes as possible (64)")
+    add("--unnorm-key", help="whose statistics to act with; default: the dataset's, or the only ones")
+    add("--cameras", nargs="+", help="in the policy's order; default: those of its training, or the first ones")
+    add("--center-crop-area", type=float, metavar="SHARE", help="default: as the checkpoint declares")
+    add("--dtype", default="bfloat16", help="of the reference, and of what is not quantised: bfloat16, float32")
+    add("--device", help="cuda, cpu, …; default: cuda if there is one")
+    add("--threads", type=int, help="CPU threads; default: torch's choice")
+    add("--json", metavar="FILE", help="also write the result to a file")
+    args = parser.parse_args(argv)
+    if args.frames < 1:
+        raise ValueError(f"Expected --frames of 1 or more, got {args.frames}.")
+
+    import torch
+
+    from openvla.evaluate.report import write_json
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.size:
+            save_random(args.size, args.model, folder)
+        result = measure(args, folder if args.size else args.model)
+    if args.json:
+        write_json(Path(args.json), result)
+    print(format_tables(result))
 
 
 if __name__ == "__main__":

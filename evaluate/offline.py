@@ -65,7 +65,7 @@ def evaluate_actions(model, collator, indices: list[int], batch_size: int = 8, a
     model.eval()
     try:
         found = {}
-        with _quiet():
+        with quiet():
             for start in range(0, len(positions), batch_size):
                 batch = positions[start : start + batch_size]
                 found |= zip(batch, _compare(model, collator, [indices[position] for position in batch]))
@@ -211,7 +211,7 @@ def predict_episodes(
     modes = modes if model.config.attention == "causal" else ("free_running",)
     chosen = choose_cameras(reader, processor.num_cameras, cameras, model.norm_stats[unnorm_key].get("cameras"))
     traces = []
-    with _quiet(), tqdm(episodes, desc=f"evaluate {reader.name}", unit="episode", disable=not progress) as bar:
+    with quiet(), tqdm(episodes, desc=f"evaluate {reader.name}", unit="episode", disable=not progress) as bar:
         for number in bar:
             episode = reader.read(number)
             check_episode(episode)
@@ -250,7 +250,7 @@ def predict_episodes(
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Replaced tokens are counted in the result, instead of a warning per batch."""
     from openvla.modeling_openvla import logger
 

@@ -369,3 +369,5 @@ def test_bench(folder, dataset, tmp_path, capsys):
     assert "torchao-int8" in printed and "1 = open" in printed and "times as fast" in printed
     with pytest.raises(ValueError, match="torchao-int4 computes in bfloat16"):
         bench_quantization.main([*told, "--methods", "torchao-int4"])
+    bench_quantization.main([*told, "--methods", "torchao-int8", "--size", "tiny", "--frames", "1"])
+    assert json.loads((tmp_path / "found.json").read_text())["model"] == "tiny (random weights)"
