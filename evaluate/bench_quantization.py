@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from openvla.cli import command_parser
-from openvla.evaluate.bench import SIZES
+from openvla.evaluate.bench_policies import SIZES, bench_config, random_policy
 from openvla.quantization import METHODS, loading_options, plain_tensors
 
 SEED = 0  # of the choice of frames, and of the noise that some heads start from
@@ -89,14 +89,12 @@ def save_random(size: str, model: str, folder: str) -> None:
     """A policy of random weights, with the processor and the statistics of another."""
     import torch
 
-    from openvla.evaluate.bench import random_policy
     from openvla.loading import load
 
-    torch.manual_seed(0)
-    policy = random_policy(size)
     given, processor = load(model)
-    policy.config.norm_stats = given.norm_stats
-    policy.bfloat16().save_pretrained(folder)
+    policy = random_policy(bench_config(size), torch.bfloat16, "cpu")
+    policy.norm_stats = given.norm_stats
+    policy.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
