@@ -7,6 +7,7 @@ that a bad frame in the middle of an episode leaves nothing behind.
 Legend: N steps of an episode · D dims.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -171,12 +172,41 @@ def encode_video(path: Path, frames: Iterable[np.ndarray], size: list[int], fps:
         with av.open(str(path), "w") as output:
             stream = output.add_stream(encoder, rate=fps, options=ENCODER_OPTIONS[encoder])
             stream.height, stream.width, stream.pix_fmt = *size[:2], "yuv420p"
+            with _priorities_kept():
+                output.start_encoding()
             for frame in frames:
                 output.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             output.mux(stream.encode())
     except av.FFmpegError as error:
         hint = "H.264 needs even sizes; --codec av1 takes all, --images needs no video."
         raise RuntimeError(f"{encoder} cannot encode frames of {size[1]}x{size[0]} ({error}). {hint}") from error
+
+
+@contextlib.contextmanager
+def _priorities_kept() -> Iterator[None]:
+    """Takes back the real-time priority that libsvtav1, opened by root, gives itself and the thread that opens it.
+
+    Whatever the process starts later would inherit it, and threads that spin while they wait, as OpenMP's do, then
+    keep all others from the cores: PyTorch in a child process stalls the machine.
+    """
+    threads = Path("/proc/self/task")
+    if not threads.exists():
+        yield
+        return
+
+    def priorities() -> dict[int, tuple[int, os.sched_param]]:
+        found = {}
+        for number in [int(thread.name) for thread in threads.iterdir()]:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                found[number] = os.sched_getscheduler(number), os.sched_getparam(number)
+        return found
+
+    before, usual = priorities(), (os.sched_getscheduler(0), os.sched_getparam(0))
+    yield
+    for number, found in priorities().items():
+        if found != (wanted := before.get(number, usual)):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(number, *wanted)
 
 
 # --- The dataset -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -495,3 +496,18 @@ def test_lerobot_reads_it(options, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     worst = json.loads(result.stdout.splitlines()[-1])
     assert max(worst.values()) <= (TOLERANCE if options.get("use_videos", True) else 0)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="libsvtav1 changes priorities of root alone")
+@pytest.mark.parametrize("encoder", ["libsvtav1", "libx264"])
+def test_videos_change_no_priority(encoder, tmp_path):
+    """While a video is written and afterwards, no thread has real-time priority, which children would inherit."""
+    before, seen = os.sched_getscheduler(0), set()
+
+    def frames():
+        for _ in range(5):
+            yield np.zeros((64, 64, 3), dtype=np.uint8)
+            seen.update(os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task"))
+
+    lerobot_writer.encode_video(tmp_path / "video.mp4", frames(), [64, 64], Fraction(5), encoder)
+    assert seen == {before} == {os.sched_getscheduler(0)} and before != os.SCHED_FIFO
