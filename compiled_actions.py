@@ -154,10 +154,6 @@ class Bucket:
         self.policy, self.batch, self.size, self.count, self.states = policy, batch, size, count, None
         self.compiled = {name: _compile(function, mode) for name, function in self.FUNCTIONS.items()}
 
-    @classmethod
-    def num_behind(cls, count: int) -> int:
-        raise NotImplementedError
-
     def keep_states(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of every layer, in tensors that never move, `(B, heads, N, head dim)` each."""
         if self.states is None:
@@ -194,8 +190,8 @@ class CausalBucket(Bucket):
 
     FUNCTIONS = {"prefill": _prefill, "step": _step, "steps": _step}
 
-    @classmethod
-    def num_behind(cls, count: int) -> int:
+    @staticmethod
+    def num_behind(count: int) -> int:
         return 2 * count  # guesses fill a pass even where fewer tokens are left
 
     def start(self, rows: list[list[int]], observation: dict) -> "CausalBucket":
@@ -244,8 +240,8 @@ class SlotsBucket(Bucket):
 
     FUNCTIONS = {"look": _look, "parallel": _parallel, "remember": _remember_prompt, "slots": _slots}
 
-    @classmethod
-    def num_behind(cls, count: int) -> int:
+    @staticmethod
+    def num_behind(count: int) -> int:
         return count + 1
 
     def start(self, rows: list[list[int]], observation: dict):
