@@ -1,6 +1,6 @@
 """Milliseconds per action: ways to act side by side in one process, by stage, and how far they are from the floor.
 
-openvla bench                                                       # 317 M parameters, random weights
+openvla bench                                                       # 293 M parameters, random weights
 openvla bench --quick --plot speed.png
 openvla bench --threads 1 --ways original eager drafts compiled --json speed.json --plot speed.png
 openvla bench --size 7b --dtype bfloat16 --device cuda              # nothing is downloaded
@@ -88,7 +88,7 @@ def parse(argv: list[str]):
     parser.add_argument(
         "--against", metavar="WAY", help="what ratios are to; default: original, eager, l1 or the first"
     )
-    parser.add_argument("--size", choices=SIZES, help="of a policy with random weights; default: mid (317 M)")
+    parser.add_argument("--size", choices=SIZES, help="of a policy with random weights; default: mid (293 M)")
     parser.add_argument("--model", metavar="PATH_OR_ID", help="a checkpoint instead")
     parser.add_argument("--unnorm-key", metavar="KEY", help="its statistics; default: the first")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], metavar="ROBOTS", help="observations at once")

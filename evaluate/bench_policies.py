@@ -5,22 +5,25 @@ Speed depends on shapes only; weights are made where they are needed, in the typ
 Legend: C cameras · T action chunk · A action dims.
 """
 
-INSTRUCTION = "pick up the cup"
+INSTRUCTION = "put the yellow cup that is next to the green table on the left side of the big black plate"
 UNNORM_KEY = "bench"
 ACTION_DIM, PROPRIO_DIM, CAMERA_SIDE = 7, 8, 512
-# width, depth and heads of both towers; width, MLP width, depth and heads of the language model. "7b": openvla-7b's
-SMALL_SIZES = {"tiny": (64, 3, 2, 128, 352, 3, 2), "mid": (384, 12, 6, 1024, 2816, 16, 16)}
+# widths of both towers, their depth and head width; width, MLP width and depth of the language model, whose heads are
+# 64 wide. "7b": openvla-7b's
+SMALL_SIZES = {"tiny": ((64, 64), 3, 32, 128, 352, 3), "mid": ((384, 576), 12, 64, 1024, 2816, 12)}
 SIZES = (*SMALL_SIZES, "7b")
 # Llama's ids for the words of the prompt
 WORDS = {"In": 512, ":": 29901, "What": 1724, "action": 3158, "should": 881, "the": 278, "robot": 19964, "take": 2125}
-WORDS |= {"to": 304, "pick": 5839, "up": 701, "cup": 18002, "?": 29973, "\n": 13, "Out": 3744}
+WORDS |= {"to": 304, "put": 1925, "yellow": 13328, "cup": 18002, "that": 393, "is": 338, "next": 2446, "green": 7933}
+WORDS |= {"table": 1591, "on": 373, "left": 2175, "side": 2625, "of": 310, "big": 4802, "black": 4628, "plate": 15284}
+WORDS |= {"?": 29973, "\n": 13, "Out": 3744}
 
 
 def bench_config(size: str, **fields):
     """A policy's configuration.
 
     Args:
-        size: one of `SIZES`: 9 M, 317 M or 7.5 B parameters.
+        size: one of `SIZES`: 9 M, 293 M or 7.5 B parameters.
         fields: of `OpenVLAConfig`, on top.
     """
     from openvla.configuration_openvla import OpenVLAConfig
@@ -32,15 +35,16 @@ def bench_config(size: str, **fields):
     common |= {"norm_stats": statistics, "arch_specifier": "no-align+fused-gelu-mlp"}
     if size == "7b":
         return OpenVLAConfig("dinosiglip-vit-so-224px", **common, **fields)
-    width, depth, heads, hidden, mlp, layers, llm_heads = SMALL_SIZES[size]
-    tower = {"embed_dim": width, "depth": depth, "num_heads": heads}
-    dino = {**tower, "reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
+    widths, depth, head, hidden, mlp, layers = SMALL_SIZES[size]
+    dino, siglip = ({"embed_dim": width, "depth": depth, "num_heads": width // head} for width in widths)
+    dino |= {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
+    siglip |= {"class_token": False}
     text = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
-    text |= {"num_attention_heads": llm_heads, "vocab_size": 32064, "pad_token_id": 32000}
+    text |= {"num_attention_heads": hidden // 64, "vocab_size": 32064, "pad_token_id": 32000}
     return OpenVLAConfig(
         "bench",
         timm_model_ids=["dino", "siglip"],
-        timm_model_args={"dino": dino, "siglip": {**tower, "class_token": False}},
+        timm_model_args={"dino": dino, "siglip": siglip},
         text_config=text,
         **common,
         **fields,

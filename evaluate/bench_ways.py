@@ -14,8 +14,8 @@ PARALLEL = {"attention": "bidirectional"}
 _FAST = "predict_action"
 # name -> what it is
 TOKEN_WAYS = {
-    "original": "generate() with the head over all positions of the prompt, and images resized once per tower, as the "
-    "original's predict_action; the tower blocks that it computes in vain are not in our model, and left out",
+    "original": "generate() with what the original's predict_action computes in vain: the head over all positions of "
+    "the prompt, a last block of each tower, a resize per tower",
     "generate": "our model's generate()",
     "eager": _FAST,
     "draft": f"{_FAST} with the right answer as a draft",
@@ -30,8 +30,9 @@ HEAD_WAYS = {
     "token-parallel": ("action tokens of the whole chunk in one pass", PARALLEL),
     "l1": ("the actions in one pass", {**PARALLEL, "action_head": "l1"}),
     "l1-original": (
-        "the same with what the original's code computes beside it: images one by one and resized once per tower, "
-        "hidden states of all layers kept, the language-model head over all positions in float32",
+        "the same with what the original's code computes beside it: images one by one and resized once per tower, a "
+        "last block of each tower, hidden states of all layers kept, the language-model head over all positions in "
+        "float32",
         {**PARALLEL, "action_head": "l1"},
     ),
     "flow": ("10 steps, the prompt computed once", {"attention": "prefix", "action_head": "flow"}),
@@ -98,6 +99,17 @@ class ResizePerTower:
 
         parts = [tower.preprocess(images, **options)["pixel_values"] for tower in self.towers]
         return {"pixel_values": torch.cat(parts, dim=1)}
+
+
+def deepen_towers(policy) -> None:
+    """Has each tower compute one more block, which nothing reads: the original reads the last but one."""
+
+    def compute_in_vain(block, inputs: tuple, output) -> None:
+        block.forward(output, *inputs[1:])
+
+    for tower in (policy.model.vision_backbone.featurizer, policy.model.vision_backbone.fused_featurizer):
+        if tower is not None:
+            tower.blocks[-1].register_forward_hook(compute_in_vain)
 
 
 def name_ways(dim: int) -> dict[str, str]:
@@ -174,6 +186,8 @@ def _generate_way(name: str, policy, make_processor, scene: Scene) -> Way:
     processor, detokenise = make_processor(policy.config), _detokeniser(policy, scene)
     options = {}
     if name == "original":
+        policy = twin(policy)
+        deepen_towers(policy)
         processor.image_processor = ResizePerTower(processor.image_processor)
         options["logits_to_keep"] = 0  # all
     count = policy.config.action_chunk * policy.get_action_dim(scene.unnorm_key)
@@ -196,6 +210,7 @@ def _head_way(name: str, policy, make_processor, scene: Scene) -> Way:
     head = twin(policy, **fields)
     if name != "l1-original":
         return _fast_way(name, head, head.model, make_processor, scene)
+    deepen_towers(head)
     processor, stats = make_processor(head.config), _statistics(head, scene)
     processor.image_processor = ResizePerTower(processor.image_processor)
 
@@ -297,9 +312,10 @@ def check_agreement(ways: dict[str, Way], policy, scene: Scene) -> dict[str, dic
     for name in one_by_one:
         first, mine = found[one_by_one[0]]["token_ids"], found[name]["token_ids"]
         differs = first != mine
-        margins = [_margin(ways, policy, scene, first, mine, row) for row in np.flatnonzero(differs.any(axis=1))]
-        largest = max(margins, default=0.0)
-        limit = 0.0 if policy.dtype == torch.float32 else ROUNDINGS * torch.finfo(policy.dtype).eps
+        largest, limit = 0.0, rounding_limit(policy.dtype)
+        if differs.any():
+            inputs = _with_normalized_state(policy, ways[name].prepare(), scene)
+            largest = max(margins(policy, inputs, first, mine))
         if differs.any() and (largest > limit or limit == 0.0):
             raise RuntimeError(
                 f"{name} gives the tokens {mine.tolist()}, {one_by_one[0]} {first.tolist()}: not comparable. Where "
@@ -314,17 +330,32 @@ def check_agreement(ways: dict[str, Way], policy, scene: Scene) -> dict[str, dic
     return agreement
 
 
-def _margin(ways: dict[str, Way], policy, scene: Scene, first, mine, row: int) -> float:
-    """How far apart the logits of two ways' tokens are where a row of them first differs."""
+def rounding_limit(dtype) -> float:
+    """How many spreads of the actions' logits may lie between two tokens of which rounding chooses; of float32, 0."""
     import torch
 
-    place = int((first[row] != mine[row]).argmax())
-    inputs = _with_normalized_state(policy, next(iter(ways.values())).prepare(), scene)
-    inputs = {name: values[row : row + 1] for name, values in inputs.items()}
-    known = torch.from_numpy(first[row : row + 1, :place]).to(policy.device)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], known], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = policy(**inputs, logits_to_keep=1).logits[0, -1].float()
-    actions = logits[policy.action_tokenizer.vocab_start : policy.action_tokenizer.vocab_end]
-    return float((logits[first[row, place]] - logits[mine[row, place]]).abs() / actions.std())
+    return 0.0 if dtype == torch.float32 else ROUNDINGS * torch.finfo(dtype).eps
+
+
+def margins(policy, inputs: dict, tokens, others) -> list[float]:
+    """Where rows of two answers first differ, how far apart the logits of their tokens are, in spreads.
+
+    Args:
+        inputs: of the processor, whose `proprio` has been normalised.
+        tokens, others: `(B, T·A)` ids in numpy; the margin of rows that do not differ is left out.
+    """
+    import numpy as np
+    import torch
+
+    found, start, end = [], policy.action_tokenizer.vocab_start, policy.action_tokenizer.vocab_end
+    for row in np.flatnonzero((tokens != others).any(axis=1)):
+        place = int((tokens[row] != others[row]).argmax())
+        one = {name: values[row : row + 1] for name, values in inputs.items()}
+        known = torch.from_numpy(tokens[row : row + 1, :place]).to(policy.device)
+        one["input_ids"] = torch.cat([one["input_ids"], known], dim=1)
+        one["attention_mask"] = torch.cat([one["attention_mask"], torch.ones_like(known)], dim=1)
+        with torch.no_grad():
+            logits = policy(**one, logits_to_keep=1).logits[0, -1].float()
+        apart = (logits[tokens[row, place]] - logits[others[row, place]]).abs()
+        found.append(float(apart / logits[start:end].std()))
+    return found

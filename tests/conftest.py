@@ -65,6 +65,27 @@ def fresh_model(checkpoint) -> openvla.OpenVLAForActionPrediction:
 
 
 @pytest.fixture(scope="session")
+def liven():
+    """`liven(model)` has a policy of `small_checkpoint` choose among actions, and what it sees, reads and has chosen
+    before matter to it."""
+
+    def change(model):
+        start, end = model.action_tokenizer.vocab_start, model.action_tokenizer.vocab_end
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim == 2 and ".layers." in name:
+                    weight *= 6
+                elif weight.ndim == 2 and "projector" in name:
+                    weight *= 3
+            model.get_input_embeddings().weight *= 5
+            model.lm_head.weight[:start] *= 0.01
+            model.lm_head.weight[end:] *= 0.01
+        return model
+
+    return change
+
+
+@pytest.fixture(scope="session")
 def small_checkpoint(processor, tmp_path_factory):
     """A folder with a random policy of the released structure on 28-pixel images."""
     folder = tmp_path_factory.mktemp("policy") / "small"

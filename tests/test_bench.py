@@ -127,7 +127,7 @@ def test_a_run_is_told_written_and_drawn(tmp_path, capsys):
     rows = {row["way"]: row for row in run["ways"]}
     assert {name: row["passes"] for name, row in rows.items()} == {"original": 7, "eager": 7, "draft-3": 4}
     for name, row in rows.items():
-        assert row["prompt_tokens"] == 1 + 256 + 17 + 1 and len(row["samples_ms"]) == 2
+        assert row["prompt_tokens"] == 1 + 256 + 33 + 1 and len(row["samples_ms"]) == 2
         assert tuple(row["stages_ms"]) == STAGES and min(row["stages_ms"].values()) >= 0
         assert row["differing_tokens"] == 0 and (row["peak_memory_mib"] or 100) > 50
         whole = [sum(pair) for pair in row["samples_ms"]]
@@ -189,7 +189,7 @@ def test_heads_are_compared_with_l1(tmp_path):
         "flow": 11,
     }
     assert rows["l1"]["actions_per_second"] == pytest.approx(2 * rows["l1"]["hz"], rel=1e-3)
-    assert rows["l1"]["prompt_tokens"] == 1 + 256 + 1 + 17 + 1  # the state is one
+    assert rows["l1"]["prompt_tokens"] == 1 + 256 + 1 + 33 + 1  # the state is one
 
 
 def test_a_checkpoint_is_measured_with_its_own_processor(checkpoint, tmp_path, capsys):

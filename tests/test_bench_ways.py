@@ -116,14 +116,22 @@ def test_token_ways_take_their_passes_and_agree(policy):
     np.testing.assert_array_equal(ways["eager"].detokenise(found), found["actions"])
 
 
-def test_the_originals_head_runs_over_all_positions(policy):
+def test_what_the_original_computes_in_vain(policy):
     ways, _ = build_ways(["original", "generate"], policy, random_processor, scene_of())
-    shapes = []
-    hook = policy.lm_head.register_forward_hook(lambda module, inputs, logits: shapes.append(logits.shape[1]))
-    for way in ways.values():
+    shapes, blocks = {name: [] for name in ways}, {name: [] for name in ways}
+    for name, way in ways.items():
+        watched = [(way.policy.lm_head, shapes[name])]
+        for tower in (way.policy.model.vision_backbone.featurizer, way.policy.model.vision_backbone.fused_featurizer):
+            watched += [(block.mlp, blocks[name]) for block in tower.blocks]
+        hooks = [
+            module.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output.shape[1]))
+            for module, seen in watched
+        ]
         way.act(way.prepare())
-    hook.remove()
-    assert shapes == [275, *[1] * 6, *[1] * 7]
+        for hook in hooks:
+            hook.remove()
+    assert shapes == {"original": [291, *[1] * 6], "generate": [1] * 7}
+    assert blocks == {"original": [261] * 3 + [256] * 3, "generate": [261] * 2 + [256] * 2}
 
 
 def test_compiled_ways_act_on_a_twin(policy, monkeypatch):

@@ -26,7 +26,7 @@ def captured(monkeypatch):
 
 
 @pytest.fixture
-def policy(small_checkpoint):
+def policy(small_checkpoint, liven):
     """`policy(**config fields)`: random weights that choose among actions."""
 
     def build(dtype=torch.float32, **fields):
@@ -34,12 +34,8 @@ def policy(small_checkpoint):
         fields = {"action_dim": 7} | fields
         config = openvla.OpenVLAConfig.from_pretrained(small_checkpoint, **fields)
         model = openvla.OpenVLAForActionPrediction(config).eval()
-        with torch.no_grad():
-            model.get_input_embeddings().weight *= 30  # so that what came before matters
-            model.lm_head.weight[:START] *= 0.01
-            model.lm_head.weight[START + 256 :] *= 0.01
         model.norm_stats = {"robot": STATS}
-        return model.to(dtype)
+        return liven(model).to(dtype)
 
     return build
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import openvla
+from openvla.action_decoding import TokenChoice
 
 KEY = "bridge_orig"
 FIRST, END = 31744, 32000
@@ -57,46 +57,6 @@ def test_rows_of_a_batch_with_drafts_of_their_own(model, processor, recorded, im
     assert drafted.accepted.tolist() == [int(each) for each in expected] and drafted.passes <= 6
 
 
-@pytest.fixture(scope="module")
-def chunky(small_checkpoint):
-    """Random weights that choose among actions, two steps at a time, on pictures of 28 pixels."""
-    model, processor = openvla.load(small_checkpoint, dtype=torch.float32, action_chunk=2, action_dim=7)
-    with torch.no_grad():
-        model.get_input_embeddings().weight *= 30  # so that what came before matters
-        model.lm_head.weight[:FIRST] *= 0.01
-        model.lm_head.weight[END:] *= 0.01
-    return model, processor
-
-
-def test_no_draft_changes_a_token(chunky):
-    """1,000 observations, drafts of every quality: right up to a point, shifted by one, constant, noise."""
-    model, processor = chunky
-    rng, passes, rights = np.random.default_rng(0), [], []
-    words = ["go", "pick", "up", "the", "cup", "red", "block", "slowly", "and", "put", "it", "down"]
-    for case in range(250):
-        prompts = [processor.build_prompt(" ".join(rng.choice(words, rng.integers(1, 9)))) for _ in range(4)]
-        pictures = [Image.fromarray(rng.integers(0, 256, (28, 28, 3), dtype=np.uint8)) for _ in range(4)]
-        inputs = processor(prompts, pictures)
-        plain = model.sample_actions(**inputs, action_dim=7)
-        truth = plain.token_ids.numpy()
-        draft = rng.integers(FIRST, END, truth.shape)
-        if case % 4 == 1:
-            right = rng.integers(0, 15, (4, 1))
-            draft = np.where(np.arange(14) < right, truth, draft)
-        elif case % 4 == 2:
-            draft = np.roll(truth, 1, axis=1)
-        elif case % 4 == 3:
-            draft = np.broadcast_to(truth[:, :1], truth.shape).copy()
-        drafted = model.sample_actions(**inputs, action_dim=7, draft=draft)
-        np.testing.assert_array_equal(drafted.token_ids.numpy(), truth)
-        leading = (draft[:, :-1] == truth[:, :-1]).cumprod(axis=1).sum(axis=1)
-        np.testing.assert_array_equal(drafted.accepted.numpy(), leading)
-        assert 1 <= drafted.passes <= 14 - leading.min()
-        passes.append(drafted.passes)
-        rights.append(leading.max())
-    assert len(np.unique(truth)) > 10 and max(rights) == 13 and len(set(passes)) > 5
-
-
 @pytest.mark.parametrize(
     "draft, message",
     [
@@ -115,13 +75,11 @@ def test_drafts_that_are_no_actions_are_refused(draft, message, model, processor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_actions_choose_as_the_whole_head_does(dtype, chunky):
+def test_rows_of_actions_choose_as_the_whole_head_does(dtype, model):
     """Only 256 of 32,064 rows are computed to choose; of a head that is more than a matrix, all."""
-    from openvla.action_decoding import TokenChoice
-
     torch.manual_seed(0)
     head, hidden = torch.nn.Linear(64, 32064, bias=False).to(dtype), torch.randn(500, 7, 64).to(dtype)
-    tokenizer = chunky[0].action_tokenizer
+    tokenizer = model.action_tokenizer
     rows = TokenChoice(head, tokenizer, None, "actions")
     whole = TokenChoice(torch.nn.Sequential(head), tokenizer, None, "actions")
     assert rows.rows.shape == (256, 64) and whole.rows is None
