@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 
 from .action_tokenizer import ActionTokenizer
 from .language_layers import PreallocatedCache
+from .linear_layers import linear
 
 
 @dataclass
@@ -55,7 +56,7 @@ class TokenChoice:
 
     def __call__(self, hidden: torch.Tensor) -> torch.LongTensor:
         """Ids `(B, n)` for hidden states `(B, n, D)`."""
-        logits = self.head(hidden)[..., self.start : self.end] if self.rows is None else F.linear(hidden, self.rows)
+        logits = self.head(hidden)[..., self.start : self.end] if self.rows is None else linear(hidden, self.rows)
         if self.sampling is None:
             return logits.argmax(dim=-1) + self.start
         temperature, top_p, generator = self.sampling

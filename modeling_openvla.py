@@ -30,6 +30,7 @@ from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
 from .compiled_actions import CompiledPolicy, refusal
 from .configuration_openvla import OpenVLAConfig
 from .language_layers import PreallocatedCache, can_run_layers, causal_mask, run_layers
+from .linear_layers import make_fast
 from .pretrained_openvla import TRANSFORMERS_4, OpenVLAPreTrainedModel
 from .vision_towers import OpenVLAVisionBackbone
 
@@ -78,6 +79,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         if config.attention == "bidirectional":  # what flash attention goes by; the others get a mask
             for layer in self.language_model.layers:
                 layer.self_attn.is_causal = False
+        make_fast(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -256,6 +258,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         _start_as_in_torch(self.action_head)
         self.action_tokenizer = ActionTokenizer.from_config(config)
         self.loss_type = "ForCausalLM"
+        make_fast(self)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -70,7 +70,8 @@ def measure_ceilings(device: str, dtype, tokens: int, text, now, seconds: float 
         seconds: to spend on each.
     """
     import torch
-    import torch.nn.functional as F
+
+    from openvla.linear_layers import linear
 
     hidden, mlp, made = text.hidden_size, text.intermediate_size, {"dtype": dtype, "device": device}
     size = mebibytes * 2**20 // torch.empty((), dtype=dtype).element_size()
@@ -78,10 +79,10 @@ def measure_ceilings(device: str, dtype, tokens: int, text, now, seconds: float 
     target, matrix, rates = torch.empty_like(source), source.view(-1, 4096), {}
     with torch.no_grad():
         copy = 2 * source.nbytes / best_seconds(lambda: target.copy_(source), seconds, now)
-        matvec = source.nbytes / best_seconds(lambda: F.linear(vector, matrix), seconds, now)
+        matvec = source.nbytes / best_seconds(lambda: linear(vector, matrix), seconds, now)
         for inner, outer in ((hidden, hidden), (hidden, mlp), (mlp, hidden)):
             rows, weight = torch.ones(tokens, inner, **made), torch.ones(outer, inner, **made)
-            product = best_seconds(lambda rows=rows, weight=weight: F.linear(rows, weight), seconds, now)
+            product = best_seconds(lambda rows=rows, weight=weight: linear(rows, weight), seconds, now)
             rates[tokens, inner, outer] = 2.0 * tokens * inner * outer / product
     shape = max(rates, key=rates.get)
     return {

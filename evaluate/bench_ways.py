@@ -101,8 +101,8 @@ class ResizePerTower:
         return {"pixel_values": torch.cat(parts, dim=1)}
 
 
-def deepen_towers(policy) -> None:
-    """Has each tower compute one more block, which nothing reads: the original reads the last but one."""
+def waste_as_the_original(policy) -> None:
+    """Has linear layers be PyTorch's, and each tower compute one more block, which nothing reads."""
 
     def compute_in_vain(block, inputs: tuple, output) -> None:
         block.forward(output, *inputs[1:])
@@ -110,6 +110,8 @@ def deepen_towers(policy) -> None:
     for tower in (policy.model.vision_backbone.featurizer, policy.model.vision_backbone.fused_featurizer):
         if tower is not None:
             tower.blocks[-1].register_forward_hook(compute_in_vain)
+    for module in policy.modules():
+        vars(module).pop("forward", None)  # of `make_fast`
 
 
 def name_ways(dim: int) -> dict[str, str]:
@@ -187,7 +189,7 @@ def _generate_way(name: str, policy, make_processor, scene: Scene) -> Way:
     options = {}
     if name == "original":
         policy = twin(policy)
-        deepen_towers(policy)
+        waste_as_the_original(policy)
         processor.image_processor = ResizePerTower(processor.image_processor)
         options["logits_to_keep"] = 0  # all
     count = policy.config.action_chunk * policy.get_action_dim(scene.unnorm_key)
@@ -210,7 +212,7 @@ def _head_way(name: str, policy, make_processor, scene: Scene) -> Way:
     head = twin(policy, **fields)
     if name != "l1-original":
         return _fast_way(name, head, head.model, make_processor, scene)
-    deepen_towers(head)
+    waste_as_the_original(head)
     processor, stats = make_processor(head.config), _statistics(head, scene)
     processor.image_processor = ResizePerTower(processor.image_processor)
 

@@ -21,6 +21,7 @@ HUB_FILES = (
     "configuration_openvla.py",
     "action_tokenizer.py",
     "tf_image_ops.py",
+    "linear_layers.py",
     "vision_towers.py",
     "action_decoding.py",
     "language_layers.py",

@@ -12,7 +12,7 @@ HUB_FILES = sorted(
     ROOT / f"{name}.py"
     for name in (
         *("configuration_openvla", "action_tokenizer", "tf_image_ops", "vision_towers", "oft_files"),
-        *("action_decoding", "action_heads", "language_layers", "compiled_actions"),
+        *("action_decoding", "action_heads", "linear_layers", "language_layers", "compiled_actions"),
         *("processing_openvla", "pretrained_openvla", "modeling_openvla"),
     )
 )
