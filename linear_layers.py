@@ -19,13 +19,17 @@ SMALLEST = 2**20  # multiplications; below, calling oneDNN takes longer than wha
 
 
 def _find_onednn():
-    """oneDNN's product of a matrix and vectors, on which `torch.compile` builds, too; None where there is none."""
+    """oneDNN's product of a matrix and vectors, on which `torch.compile` builds as well; None where there is none."""
     if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
         return None
     return getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 
 
 ONEDNN = _find_onednn()
+if not hasattr(torch.ops.openvla, "linear"):  # this file may have been imported under another name
+    torch.library.define("openvla::linear", "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
+    torch.library.impl("openvla::linear", "CPU", lambda *operands: ONEDNN(*operands, "none", [], ""))
+    torch.library.register_fake("openvla::linear", F.linear)
 
 
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,6 +47,7 @@ def _suits(input: torch.Tensor, weight: torch.Tensor) -> bool:
         and input.device.type == "cpu"
         and input.dtype == weight.dtype == torch.float32
         and input.numel() * len(weight) >= SMALLEST
+        and weight.is_contiguous()
         and type(weight) in (torch.Tensor, nn.Parameter)  # not a quantized one
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
@@ -51,6 +56,9 @@ def _suits(input: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def _multiply(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    input = input.contiguous()  # oneDNN is a hundred times slower on slices
+    if torch.compiler.is_compiling():  # which, where it knows oneDNN's product, insists on frozen weights
+        return torch.ops.openvla.linear(input, weight, bias)
     return ONEDNN(input, weight, bias, "none", [], "")
 
 
@@ -69,10 +77,10 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (input, weight), (for_input, for_weight, for_bias) = ctx.saved_tensors, ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows, seen = grad.reshape(-1, grad.shape[-1]), input.reshape(-1, input.shape[-1])
         return (
             _multiply(grad, weight.t()) if for_input else None,
-            _multiply(rows.t(), input.reshape(-1, input.shape[-1]).t()) if for_weight else None,
+            _multiply(rows.t(), seen.contiguous().t()) if for_weight else None,
             rows.sum(dim=0) if for_bias else None,
         )
 

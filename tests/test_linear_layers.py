@@ -61,10 +61,10 @@ def test_gradients(needed, calls):
         [each.to(dtype, copy=True).requires_grad_(bool(need)) for each, need in zip(given, needed)]
         for dtype in (torch.float32, torch.float64)
     )
-    target = torch.randn(4, 33, 128)
-    (linear(*mine) * target).sum().backward()
-    (F.linear(*theirs) * target).sum().backward()
-    assert len(calls) == 1 + sum(needed[:2])
+    for weight in (torch.randn(4, 33, 128), torch.randn(1).expand(4, 33, 128)):
+        linear(*mine).backward(weight)
+        F.linear(*theirs).backward(weight.double())
+    assert len(calls) == 2 * (1 + sum(needed[:2]))
     for one, other in zip(mine, theirs):
         if other.grad is None:
             assert one.grad is None
@@ -86,17 +86,23 @@ def test_what_does_not_suit_goes_to_pytorch(calls):
         linear(*operands())
     meta = [each.to("meta") for each in operands()]
     assert linear(*meta).shape == (4, 33, 128)
+    rows, weight, bias = operands(outputs=256)
+    assert torch.equal(linear(rows, weight[::2], bias[::2]), F.linear(rows, weight[::2], bias[::2]))
     assert calls == []
     linear(*operands((32,)))
     assert calls == [((32, 256), (128, 256))]
 
 
-def test_compiled_in_one_graph(calls):
-    given = operands()
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_compiled_in_one_graph(bias, backend, calls):
+    given = operands(bias=bias)
     torch._dynamo.reset()
-    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda x, *weights: linear(x + 1, *weights) * 2, backend=backend, fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(compiled(*given), linear(*given))
+        found = compiled(*given)
+        assert len(calls) == 1
+        torch.testing.assert_close(found, 2 * linear(given[0] + 1, *given[1:]), atol=1e-5, rtol=0)
 
 
 def test_every_linear_layer_of_a_model_and_nothing_else(calls):
