@@ -11,8 +11,7 @@ other margins between tokens than a trained policy's: with --size, only time and
 """
 
 import argparse
-import os
-import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from openvla.cli import command_parser
+from openvla.evaluate.bench_machine import describe_machine
 from openvla.evaluate.bench_policies import SIZES, bench_config, random_policy
 from openvla.quantization import METHODS, loading_options, plain_tensors
 
@@ -101,7 +101,6 @@ def save_random(size: str, model: str, folder: str) -> None:
 def measure(args: argparse.Namespace, checkpoint: str) -> dict:
     """All numbers, of a checkpoint and of the options of `main`."""
     import torch
-    import transformers
     from tqdm import tqdm
 
     from openvla.evaluate.offline import quiet
@@ -150,21 +149,17 @@ def measure(args: argparse.Namespace, checkpoint: str) -> dict:
         "action_chunk": metadata["action_chunk"],
         "dims": name_dims(reference.model.norm_stats, reference.unnorm_key, reader),
         "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **describe_machine(device),
         "reference": {"bytes": weight_bytes(reference.model), "milliseconds": quartiles(times, 2)},
         "methods": rows,
     }
 
 
 def format_tables(result: dict) -> str:
-    reference = result["reference"]
+    reference, machine = result["reference"], result["hardware"]
     lines = [
-        f"{result['model']}, {result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {result['device']}, "
-        f"{result['threads']} threads; {result['frames']} frames of {result['data']}",
+        f"{result['model']}, {result['parameters'] / 1e6:.0f} M parameters, {result['dtype']}, {machine['name']}, "
+        f"{machine['threads']} threads; {result['frames']} frames of {result['data']}",
         f"{'':<14}{'tokens equal':>14}{'actions equal':>15}{'MiB':>9}{'ms':>9}{'quartiles':>18}   times as fast",
     ]
     for row in [{"method": "reference", **reference}, *result["methods"]]:
@@ -215,7 +210,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         if args.size:
             save_random(args.size, args.model, folder)
-        result = measure(args, folder if args.size else args.model)
+        command = shlex.join([*parser.prog.split(), *argv])
+        result = {"command": command, **measure(args, folder if args.size else args.model)}
     if args.json:
         write_json(Path(args.json), result)
     print(format_tables(result))
