@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from .action_tokenizer import ActionTokenizer
-from .language_layers import PreallocatedCache
+from .language_layers import PreallocatedCache, has_hooks
 from .linear_layers import linear
 
 
@@ -52,7 +52,7 @@ class TokenChoice:
         self.head, self.sampling, self.log_probs_over = head, sampling, log_probs_over
         self.start, self.end = tokenizer.vocab_start, tokenizer.vocab_end
         is_plain = type(head) is nn.Linear and head.bias is None and len(head.weight) >= self.end
-        self.rows = head.weight[self.start : self.end] if is_plain and not _has_hooks(head) else None
+        self.rows = head.weight[self.start : self.end] if is_plain and not has_hooks(head) else None
 
     def __call__(self, hidden: torch.Tensor) -> torch.LongTensor:
         """Ids `(B, n)` for hidden states `(B, n, D)`."""
@@ -161,16 +161,12 @@ def check_draft(draft, tokenizer: ActionTokenizer, batch: int, count: int) -> to
     """`draft` as `(B, count)` int64; ValueError if it is no action."""
     draft = torch.atleast_2d(torch.as_tensor(draft))
     start, end = tokenizer.vocab_start, tokenizer.vocab_end
-    if tuple(draft.shape) != (batch, count) or bool(((draft < start) | (draft >= end)).any()):
+    is_wrong = draft.is_floating_point() or tuple(draft.shape) != (batch, count)
+    if is_wrong or bool(((draft < start) | (draft >= end)).any()):
         raise ValueError(
             f"Expected a draft {(batch, count)} of token ids from {start} to {end - 1}, got {draft.tolist()}."
         )
     return draft.long()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call does more than `forward`: weights may be spread over devices then."""
-    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
 def _sample(logits: torch.Tensor, top_p: float, generator: torch.Generator | None) -> torch.LongTensor:

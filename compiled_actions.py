@@ -9,6 +9,7 @@ W = T·A · D hidden · P placeholders.
 """
 
 import logging
+import threading
 import types
 
 import torch
@@ -161,7 +162,8 @@ class Bucket:
             heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
             shape = (self.batch, heads, self.size, layers[0].self_attn.head_dim)
             options = {"device": self.policy.device, "dtype": self.policy.dtype}
-            self.states = [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in layers]
+            with torch.inference_mode(False):  # a caller's mode would forbid everybody else's to write to them
+                self.states = [(torch.zeros(shape, **options), torch.zeros(shape, **options)) for _ in layers]
             for states in (each for pair in self.states for each in pair):
                 torch._dynamo.mark_static_address(states)  # or CUDA graphs would refuse to write to them
         return self.states
@@ -278,20 +280,25 @@ class SlotsBucket(Bucket):
 
 
 class CompiledPolicy:
-    """What `OpenVLAForActionPrediction.compile_for_actions` makes; see there."""
+    """What `OpenVLAForActionPrediction.compile_for_actions` makes; see there.
+
+    Buckets keep what they know of an observation from pass to pass: `lock` is held from `find` to the last of them.
+    """
 
     def __init__(self, policy, mode: str, batch_sizes: tuple[int, ...], text_tokens: tuple[int, ...]):
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
         self.policy, self.mode, self.placement, self.told = policy, mode, (policy.device, policy.dtype), set()
+        self.lock = threading.Lock()
         config = policy.config
         kind = CausalBucket if config.attention == "causal" else SlotsBucket
-        count = config.action_chunk * _most_action_dims(policy)
+        self.count = count = config.action_chunk * _most_action_dims(policy)
         self.shortest, self.behind = 1 + config.num_placeholders, kind.num_behind(count)
         sizes = {-(-(self.shortest + tokens + self.behind) // BUCKET_STEP) * BUCKET_STEP for tokens in text_tokens}
         self.buckets = [
             kind(policy, batch, size, count, mode) for batch in sorted(set(batch_sizes)) for size in sorted(sizes)
         ]
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of a policy is not compiled
 
     def warm_up(self, progress: bool) -> None:
         """Compiles everything, and has CUDA graphs recorded, which takes three runs of each pass."""
@@ -308,10 +315,13 @@ class CompiledPolicy:
                     for _ in bucket.warm_up(observation, row):
                         bar.update()
 
-    def find(self, rows: list[list[int]], observation: dict) -> Bucket | None:
-        """The smallest bucket for prompts; or None, having said why once, or for what is refused elsewhere."""
+    def find(self, rows: list[list[int]], observation: dict, count: int) -> Bucket | None:
+        """The smallest bucket for prompts and `count` tokens or slots behind each; or None, having said why once, or
+        for what is refused elsewhere."""
         given = {name: None if value is None else tuple(value.shape) for name, value in observation.items()}
         if given != _observation_shapes(self.policy.config, len(rows)):
+            return None
+        if not observation["pixel_values"].is_floating_point():
             return None
         image_id, end, batches = self.policy.config.image_token_id, self.shortest, {b.batch for b in self.buckets}
         longest = max(map(len, rows))
@@ -322,6 +332,8 @@ class CompiledPolicy:
             pass
         elif any(row[1:end] != [image_id] * (end - 1) or row.count(image_id) != end - 1 for row in rows):
             why = "image placeholders do not stand behind the first token"
+        elif count > self.count:
+            why = f"compiled for up to {self.count} action values, got {count}"
         elif len(rows) not in batches:
             why = f"compiled for batches of {sorted(batches)}, got {len(rows)}"
         elif not fitting:
@@ -348,6 +360,8 @@ def refusal(policy) -> str | None:
         return f"attn_implementation is {kind!r}, not 'sdpa'"
     if getattr(policy, "hf_quantizer", None) is not None:
         return "its weights are quantized"
+    if torch.is_autocast_enabled(policy.device.type):
+        return "autocast is on"
     if not can_run_layers(language_model):
         return f"its {type(language_model).__name__} can only be run as a whole"
     return None

@@ -65,8 +65,13 @@ def can_run_layers(language_model) -> bool:
         and config._attn_implementation in TENSOR_MASKED
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and getattr(config, "sliding_window", None) is None
-        and not any(hasattr(layer, "_hf_hook") for layer in language_model.layers)  # spread over several devices
+        and not any(has_hooks(module) for module in [language_model, *language_model.layers.modules()])
     )
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call does more than `forward`: somebody looks, or weights are spread over devices."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
 def run_layers(

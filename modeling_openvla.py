@@ -13,6 +13,7 @@ Unusual, and why:
 Legend: B batch · L tokens · P image patches of all cameras · D hidden · T action chunk · A action dims.
 """
 
+import contextlib
 import logging
 from collections import Counter
 
@@ -27,7 +28,7 @@ from transformers.utils import can_return_tuple
 from .action_decoding import ActionOutput, EagerPasses, TokenChoice, check_draft, decode_tokens
 from .action_heads import ACTION_HEADS, NoisyActionProjector, ProprioProjector, time_embedding
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
-from .compiled_actions import CompiledPolicy, refusal
+from .compiled_actions import MODES, CompiledPolicy, refusal
 from .configuration_openvla import OpenVLAConfig
 from .language_layers import PreallocatedCache, can_run_layers, causal_mask, run_layers
 from .linear_layers import make_fast
@@ -483,7 +484,8 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             strict: raise RuntimeError when the language model prefers a token that is not an action, instead of
                 taking the best action token and warning.
             draft: `(B, T·A)` or `(T·A,)` token ids that the answer may resemble, such as the last answer's: the more
-                of them are right from the first on, the fewer passes it takes. They change no token.
+                of them are right from the first on, the fewer passes it takes. No token changes, but where, in
+                short types, rounding cannot tell two apart.
             return_dict: return `{"actions", …}` instead of the actions alone, for the token head with `token_ids`,
                 `log_probs` and `replaced`, the number of `passes` if it takes several, and with a draft `accepted`
                 `(B,)`, how many of its tokens were right.
@@ -553,16 +555,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         self._compiled = None
         if mode is None:
             return self
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
         if why := refusal(self):
             logger.warning("Acting without compilation: %s.", why)
             return self
         compiled = CompiledPolicy(self, mode, batch_sizes, text_tokens)
         if warm_up:
-            training = self.training
-            self.eval()
-            with torch.no_grad():
+            with torch.no_grad(), self._acting():
                 compiled.warm_up(progress)
-            self.train(training)
         self._compiled = compiled
         return self
 
@@ -662,17 +663,15 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             noise = torch.randn(shape, generator=generator)
         if self.config.denoises and tuple(noise.shape) != shape:
             raise ValueError(f"Expected noise of {shape}, got {tuple(noise.shape)}.")
+        count = shape[1] * shape[2]
         guesses = torch.empty(len(rows), 0, dtype=torch.long, device=self.device)
         if draft is not None:
-            guesses = check_draft(draft, self.action_tokenizer, len(rows), shape[1] * shape[2])[:, :-1].to(self.device)
+            guesses = check_draft(draft, self.action_tokenizer, len(rows), count)[:, :-1].to(self.device)
         sampling = (temperature, top_p, generator) if do_sample else None
         choose = TokenChoice(self.lm_head, self.action_tokenizer, sampling, log_probs_over)
-        training = [module for module in self.modules() if module.training]
-        self.eval()  # dropout off; and gradient checkpointing in training mode would drop the cache, image and all
-        try:
-            bucket = self._compiled.find(rows, observation) if self._compiled else None
+        with self._acting(), self._compiled.lock if self._compiled else contextlib.nullcontext():
+            bucket = self._compiled.find(rows, observation, count) if self._compiled else None
             if self.config.attention == "causal":
-                count = shape[1] * shape[2]
                 eager = (self.model, *self._pad_prompts(rows), observation, count)
                 passes = bucket.start(rows, observation) if bucket else EagerPasses(*eager)
                 found = decode_tokens(passes, choose, count, guesses)
@@ -683,9 +682,6 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 else:
                     hidden = run()
                     found = {"token_ids": choose(hidden), "hidden_states": hidden}
-        finally:
-            for module in training:
-                module.training = True
         if "token_ids" in found:
             found |= choose.describe(found["hidden_states"], found["token_ids"])
             self._report(found.pop("finite"), found["replaced"], strict)
@@ -694,6 +690,17 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         if not output_hidden_states:
             found["hidden_states"] = None
         return ActionOutput(**found)
+
+    @contextlib.contextmanager
+    def _acting(self):
+        """Dropout off; and gradient checkpointing, which in training mode would drop the cache, image and all."""
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def _denoise(self, run, noise: torch.Tensor | None, steps: int | None) -> dict[str, torch.Tensor]:
         """A chunk from a continuous head; `run` as `_run_slots` gives it."""

@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--dtype", default="auto", help="auto (as stored), float32, bfloat16, float16")
     arguments.add_argument("--device", help="cuda, cpu, …; default: cuda if there is one")
     quantization.add_argument(arguments)
+    arguments.add_argument("--no-drafts", action="store_true", help="do not try the last answer first; slower")
     arguments.add_argument("--revision", help="branch, tag or commit on the Hub")
     arguments.add_argument("--seed", type=int, default=7, help="of baselines and noise; the initial states are fixed")
     return arguments
@@ -183,6 +184,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--statistics, whose quantiles normalise the actions, and expert-tokens belong together.")
     loading = ("center_crop_area", "num_denoising_steps", "device", "revision", "quantize")
     idle = [name for name in loading if getattr(args, name) is not None] + ["dtype"] * (args.dtype != "auto")
+    idle += ["no_drafts"] * args.no_drafts
     if args.baseline and args.unnorm_key:
         idle.append("unnorm_key")
     if idle and (args.baseline or _is_address(args.checkpoint)):
@@ -300,6 +302,7 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
         num_denoising_steps=args.num_denoising_steps,
         revision=args.revision,
         quantize=args.quantize,
+        drafts=not args.no_drafts,
         image_options={"jpeg_quality": None}  # the simulator's pictures have been through it
         | ({} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}),
     )

@@ -7,7 +7,8 @@
     while not done:
         action = queue.act(robot.observe() if queue.needs_observation else None)
 
-Policies that answer token by token get what they said last of the same steps as a draft: they answer the same, sooner.
+Policies that answer token by token get what they said last of the same steps as a draft, and answer sooner: the same,
+but for rounding in short types.
 
 The first is how OpenVLA-OFT acts (Kim et al. 2025, arXiv:2502.19645). The last is temporal ensembling (Zhao et al.
 2023, arXiv:2304.13705, algorithm 2). `policy` is whatever has `infer`: `OpenVLAPolicy`, `ActClient`.

@@ -30,6 +30,7 @@ class OpenVLAPolicy:
         seed: of the noise that these heads start from, for observations without a `seed` of their own: the same
             observation and seed give the same action, whoever else is in the batch. None: other noise each time.
         checkpoint: where it came from, for `metadata`.
+        drafts: whether observations may hold a `draft`; False: it is not looked at.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class OpenVLAPolicy:
         num_denoising_steps: int | None = None,
         seed: int | None = None,
         checkpoint: str | None = None,
+        drafts: bool = True,
     ):
         from openvla.action_tokenizer import ActionStats, resolve_unnorm_key
 
@@ -49,7 +51,7 @@ class OpenVLAPolicy:
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
         self.stats = ActionStats.from_norm_stats(model.norm_stats, self.unnorm_key, model.config.action_normalization)
         self.image_options, self.strict, self.checkpoint = dict(image_options or {}), strict, checkpoint
-        self.seed = seed
+        self.seed, self.drafts = seed, drafts
         self.num_denoising_steps = model.config.choose_denoising_steps(num_denoising_steps)
 
     @classmethod
@@ -85,10 +87,11 @@ class OpenVLAPolicy:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         told = {"revision": revision, "action_chunk": action_chunk, "num_cameras": num_cameras}
         model, processor = load_onto(device, checkpoint, quantize, dtype=dtype, **told)
-        model.compile_for_actions(compile_mode)
         known = [key for key in prefer if key in (model.norm_stats or {})]
         unnorm_key = unnorm_key or (known[0] if known else None)
-        return cls(model, processor, unnorm_key, checkpoint=checkpoint, **options)
+        policy = cls(model, processor, unnorm_key, checkpoint=checkpoint, **options)
+        model.compile_for_actions(compile_mode)
+        return policy
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -98,7 +101,7 @@ class OpenVLAPolicy:
     @property
     def takes_drafts(self) -> bool:
         """Whether a guess of the answer may save passes, as of policies that answer token by token."""
-        return self.model.config.attention == "causal"
+        return self.drafts and self.model.config.attention == "causal"
 
     @property
     def metadata(self) -> dict:
@@ -120,6 +123,7 @@ class OpenVLAPolicy:
         return {
             "checkpoint": self.checkpoint,
             "quantize": getattr(self.model, "quantize", None),
+            "drafts": self.takes_drafts,
             "unnorm_key": self.unnorm_key,
             "action_dims": dims,
             "mask": self.stats.mask.tolist(),
@@ -173,7 +177,8 @@ class OpenVLAPolicy:
                 units and order of the statistics' dataset, if the policy takes it (`metadata["proprio_dim"]`):
                 otherwise it is not looked at; and if you like, for heads that denoise, `seed`, an integer from 0 or
                 several of them; for policies that answer token by token, `draft`, `(T·A,)` token ids that the answer
-                may resemble, such as the last `token_ids`: they change nothing but the time.
+                may resemble, such as the last `token_ids`: they save time, and change no token but, in short types,
+                between two that rounding cannot tell apart.
 
         Returns `actions` `(T, A)` float64 in the units of the statistics; of the token head `token_ids` and `replaced`
         `(T·A,)`, the latter True where the language model preferred a token that is no action; `timing` in
@@ -194,8 +199,7 @@ class OpenVLAPolicy:
         takes_proprio = self.model.config.proprio_dim > 0
         states = np.stack([self._proprio(each) for each in observations]) if takes_proprio else None
         noise = self.model.draw_noise([observation.get("seed", self.seed) for observation in observations])
-        drafts = [observation.get("draft") for observation in observations] if self.takes_drafts else [None]
-        draft = None if any(each is None for each in drafts) else np.stack(drafts)
+        draft = self._drafts(observations)
         inputs = self.processor(prompts, images, states, **self.image_options).to(self.model.device)
         prepared = time.perf_counter()
         with torch.no_grad():
@@ -220,6 +224,17 @@ class OpenVLAPolicy:
             {"actions": rows, **{name: result[name][row] for name in tokens}, **passes, "timing": timing}
             for row, rows in enumerate(actions)
         ]
+
+    def _drafts(self, observations: list[dict]) -> np.ndarray | None:
+        """`(B, T·A)`, if every observation has one."""
+        drafts = [observation.get("draft") for observation in observations] if self.takes_drafts else [None]
+        if any(draft is None for draft in drafts):
+            return None
+        expected = (self.model.config.action_chunk * self.stats.dim,)
+        for draft in drafts:
+            if np.shape(draft) != expected:
+                raise ValueError(f"Expected drafts of {expected} token ids, got {np.shape(draft)}.")
+        return np.stack(drafts)
 
     def _proprio(self, observation: dict) -> np.ndarray:
         """`(P,)` float64, checked."""

@@ -188,3 +188,17 @@ def _write_old_adapter(folder: Path, seed: int = 0) -> dict[str, torch.Tensor]:
     config |= {"base_model_name_or_path": "openvla/openvla-7b", "inference_mode": True, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return updates
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Acting compiled captures graphs, which must not break; but PyTorch runs them without generating code first."""
+    from openvla import compiled_actions
+
+    torch._dynamo.reset()
+    compile_with = torch.compile
+
+    def capture(function, mode, **options):
+        return compile_with(function, backend="eager", **options)
+
+    monkeypatch.setattr(compiled_actions.torch, "compile", capture)

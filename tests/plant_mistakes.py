@@ -114,6 +114,8 @@ MISTAKES = {
         "attention_mask[:, :, unread:]",
         "attention_mask[:, :, :num_read]",
     ),
+    "gradients lose the weight": ("linear_layers.py", "input if for_weight else None, weight", "input * 0, weight"),
+    "oneDNN trusts a slice": ("linear_layers.py", "        and weight.is_contiguous()\n", ""),
     "draft sees what follows it": ("language_layers.py", ".tril(past + unread)", ".tril(past + length)"),
     "compiled tokens see padding": ("compiled_actions.py", "<= positions[:, :, None]", ">= 0 * positions[:, :, None]"),
     "drafts are of other steps": (

@@ -36,7 +36,8 @@ def test_a_pass_by_hand():
 
 
 def count(run) -> int:
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    mkldnn = torch.backends.mkldnn.flags(enabled=False)  # whose products PyTorch does not count
+    with mkldnn, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 

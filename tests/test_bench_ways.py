@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from openvla import compiled_actions
 from openvla.evaluate.bench import measure_in_stages
 from openvla.evaluate.bench_clock import measure_stages
 from openvla.evaluate.bench_policies import (
@@ -134,12 +133,7 @@ def test_what_the_original_computes_in_vain(policy):
     assert blocks == {"original": [261] * 3 + [256] * 3, "generate": [261] * 2 + [256] * 2}
 
 
-def test_compiled_ways_act_on_a_twin(policy, monkeypatch):
-    """Graphs are captured; running them without generating code first spares a minute."""
-    compile_with = torch.compile
-    monkeypatch.setattr(
-        compiled_actions.torch, "compile", lambda function, mode, **_: compile_with(function, backend="eager")
-    )
+def test_compiled_ways_act_on_a_twin(policy, captured):
     scene = scene_of(batch=2)
     ways, skipped = build_ways(["eager", "compiled", "compiled-draft"], policy, random_processor, scene)
     assert not skipped and policy._compiled is None

@@ -1,28 +1,17 @@
 """Compiled acting gives the same, in one graph per pass, for every prompt that fits; else it says why it does not."""
 
+import copy
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 import openvla
-from openvla import compiled_actions
 
 START, IMAGE, SLOT = 31744, 32001, 32002
 STATS = {"action": {"q01": [-1.0] * 7, "q99": [1.0] * 7}, "proprio": {"q01": [-1.0] * 2, "q99": [1.0] * 2}}
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """Graphs are captured, and refuse to break, as always; but PyTorch runs them without generating code first."""
-    torch._dynamo.reset()
-    compile_with = torch.compile
-
-    def capture(function, mode, **options):
-        return compile_with(function, backend="eager", **options)
-
-    monkeypatch.setattr(compiled_actions.torch, "compile", capture)
 
 
 @pytest.fixture
@@ -175,12 +164,64 @@ def test_what_was_not_compiled_runs_as_before_and_says_why(captured, policy, cap
     assert "compilation" not in caplog.text
 
 
+def test_the_longest_prompt_and_what_is_no_prompt(captured, policy, caplog):
+    model = policy()
+    model.compile_for_actions(text_tokens=(20,), progress=False)
+    (bucket,) = model._compiled.buckets
+    room = bucket.size - model._compiled.behind - model._compiled.shortest  # 45 of text, "▁" included
+    for num_words, warnings in ((room - 1, 0), (room, 1)):
+        plain, compiled = both(model, observation(model, num_words))
+        assert torch.equal(plain.token_ids, compiled.token_ids)
+        assert sum("Acting without" in text for text in caplog.messages) == warnings
+    assert f"up to {room} tokens of text, got {room + 1}" in caplog.text
+    ids = observation(model, 5)["input_ids"]
+    moved = torch.cat([ids[:, 5:7], torch.full((1, 4), IMAGE), ids[:, 7:]], dim=1)  # placeholders behind a word
+    inputs = {**observation(model, 5), "input_ids": moved, "attention_mask": torch.ones_like(moved)}
+    assert model._compiled.find(moved.tolist(), {"pixel_values": inputs["pixel_values"], "proprio": None}, 7) is None
+    assert "image placeholders do not stand behind the first token" in caplog.text
+    assert "compiled for up to 7 action values, got 14" not in caplog.text
+    rows = [[1, *[IMAGE] * 4, 500, 29871]]
+    assert model._compiled.find(rows, {"pixel_values": inputs["pixel_values"], "proprio": None}, 14) is None
+    assert "compiled for up to 7 action values, got 14" in caplog.text
+    model.set_attn_implementation("eager")
+    plain, compiled = both(model, observation(model, 5))
+    assert torch.equal(plain.token_ids, compiled.token_ids)
+    assert "Acting without compilation: attn_implementation is 'eager', not 'sdpa'." in caplog.text
+
+
+def test_threads_take_turns(captured, policy):
+    """Buckets know an observation from pass to pass: of one at a time."""
+    model = policy()
+    model.compile_for_actions(text_tokens=(20,), progress=False)
+    inputs = [observation(model, 3 + number, number) for number in range(6)]
+    expected = [model.sample_actions(**each).token_ids for each in inputs]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda number: model.sample_actions(**inputs[number % 6]).token_ids, range(30)))
+    assert all(torch.equal(tokens, expected[number % 6]) for number, tokens in enumerate(found))
+
+
+def test_flags_modes_and_copies(captured, policy):
+    model = policy().train()
+    model.model.vision_backbone.eval()
+    model.compile_for_actions(text_tokens=(20,), warm_up=False, progress=False)
+    expected = both(model, observation(model, 5))[0].token_ids
+    with torch.inference_mode():
+        model.sample_actions(**observation(model, 5))
+    assert torch.equal(model.sample_actions(**observation(model, 5)).token_ids, expected)
+    model.compile_for_actions(text_tokens=(20,), progress=False)
+    assert model.training and not any(module.training for module in model.model.vision_backbone.modules())
+    other = copy.deepcopy(model)
+    assert other._compiled is None and torch.equal(other.sample_actions(**observation(model, 5)).token_ids, expected)
+
+
 def test_what_is_refused_stays_refused(captured, policy):
     model = policy(proprio_dim=2)
     model.compile_for_actions(text_tokens=(20,), progress=False)
     inputs = observation(model, 3)
     with pytest.raises(ValueError, match="Expected floating-point pixel_values"):
         model.sample_actions(**{**inputs, "pixel_values": torch.zeros(1, 6, 30, 30)})
+    with pytest.raises(ValueError, match="Expected floating-point pixel_values"):
+        model.sample_actions(**{**inputs, "pixel_values": torch.zeros(1, 6, 28, 28, dtype=torch.uint8)})
     with pytest.raises(ValueError, match="takes proprio of 2 dims, got none"):
         model.sample_actions(**{**inputs, "proprio": None})
     with pytest.raises(ValueError, match="mode must be one of .*reduce-overhead.*, got 'fast'"):

@@ -64,6 +64,7 @@ def test_rows_of_a_batch_with_drafts_of_their_own(model, processor, recorded, im
         ([[FIRST] * 7] * 2, r"Expected a draft \(1, 7\)"),
         ([FIRST] * 6 + [END], "from 31744 to 31999"),
         ([FIRST - 1] * 7, "from 31744 to 31999"),
+        ([float("nan")] * 7, "from 31744 to 31999"),
     ],
 )
 def test_drafts_that_are_no_actions_are_refused(draft, message, model, processor, recorded, images):

@@ -85,3 +85,8 @@ def test_other_kinds_run_as_they_are():
     spread = language_model()
     spread.layers[2]._hf_hook = object()
     assert not can_run_layers(spread)
+    for name in ("", "layers.1", "layers.2.self_attn.q_proj"):
+        watched = language_model()
+        assert can_run_layers(watched)
+        watched.get_submodule(name).register_forward_hook(lambda *_: None)
+        assert not can_run_layers(watched)

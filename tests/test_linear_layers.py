@@ -1,8 +1,10 @@
 """Products by oneDNN are those of PyTorch, gradients included; where they do not suit, nothing changes."""
 
 import copy
+import gc
 import io
 import platform
+import weakref
 
 import numpy as np
 import pytest
@@ -24,14 +26,16 @@ def operands(rows: tuple[int, ...] = (4, 33), bias: bool = True, dtype=torch.flo
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes that went to oneDNN."""
+    """The shapes that went to oneDNN, which is slow on slices and wrong on slices of weights."""
     seen, onednn = [], linear_layers.ONEDNN
     if onednn is None:
         pytest.skip("PyTorch without oneDNN for this processor")
 
-    def watch(input, weight, *rest):
+    def watch(input, weight, bias, *rest):
+        assert input.is_contiguous() and (weight.is_contiguous() or weight.t().is_contiguous())
+        assert bias is None or bias.is_contiguous()
         seen.append((tuple(input.shape), tuple(weight.shape)))
-        return onednn(input, weight, *rest)
+        return onednn(input, weight, bias, *rest)
 
     monkeypatch.setattr(linear_layers, "ONEDNN", watch)
     return seen
@@ -74,6 +78,22 @@ def test_gradients(needed, calls):
         assert not linear(*mine).requires_grad
 
 
+def test_second_derivatives_are_refused(calls):
+    rows, weight, bias = operands()
+    squares = linear(rows.requires_grad_(), weight, bias) ** 2
+    (gradient,) = torch.autograd.grad(squares.sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_frozen_layers_keep_nothing_of_what_they_saw(calls):
+    rows, weight, bias = operands()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+        linear(rows.requires_grad_(), weight, bias)
+    assert kept == [weight.data_ptr()]
+
+
 def test_what_does_not_suit_goes_to_pytorch(calls):
     small = operands((31,), inputs=256, outputs=128)  # 31 * 256 * 128 < 2**20
     assert 31 * 256 * 128 < SMALLEST <= 32 * 256 * 128
@@ -84,10 +104,21 @@ def test_what_does_not_suit_goes_to_pytorch(calls):
         assert linear(*operands()).dtype == torch.bfloat16
     with torch.backends.mkldnn.flags(enabled=False):
         linear(*operands())
-    meta = [each.to("meta") for each in operands()]
-    assert linear(*meta).shape == (4, 33, 128)
     rows, weight, bias = operands(outputs=256)
     assert torch.equal(linear(rows, weight[::2], bias[::2]), F.linear(rows, weight[::2], bias[::2]))
+    spread = linear(rows, weight, torch.ones(1).expand(256))
+    torch.testing.assert_close(spread, F.linear(rows, weight, torch.ones(256)), atol=1e-4, rtol=0)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        linear(rows, weight[:, :255].contiguous(), bias)
+
+    class Quantized(torch.Tensor):
+        pass
+
+    linear(rows, weight.as_subclass(Quantized), bias)
+    tangent = torch.func.jvp(lambda x: linear(x, weight, bias), (rows,), (torch.ones_like(rows),))[1]
+    torch.testing.assert_close(tangent, weight.sum(dim=1).expand(4, 33, 256), atol=1e-4, rtol=0)
+    meta = [each.to("meta") for each in operands()]
+    assert linear(*meta).shape == (4, 33, 128)
     assert calls == []
     linear(*operands((32,)))
     assert calls == [((32, 256), (128, 256))]
@@ -135,6 +166,18 @@ def test_copies_have_weights_of_their_own(calls):
     assert len(calls) == 2
 
 
+def test_layers_die_with_their_model(calls):
+    model = nn.Sequential(nn.Linear(256, 128))
+    make_fast(model)
+    layer = weakref.ref(model[0])
+    gc.disable()
+    try:
+        del model
+        assert layer() is None
+    finally:
+        gc.enable()
+
+
 def test_policies_use_it(calls, liven, small_checkpoint):
     policy, processor = openvla.load(small_checkpoint, action_dim=7)
     image = Image.fromarray(np.full((28, 28, 3), 100, np.uint8))
@@ -144,3 +187,6 @@ def test_policies_use_it(calls, liven, small_checkpoint):
     assert len(calls) > 10
     with torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(policy.sample_actions(**inputs).token_ids, fast)
+    calls.clear()
+    policy.train()(**inputs, logits_to_keep=1).logits.sum().backward()
+    assert len(calls) > 50 and all(weight.grad is not None for weight in policy.parameters())

@@ -265,8 +265,11 @@ def test_drafts_save_passes_and_change_nothing(policy, recorded, images):
         np.testing.assert_array_equal(found["actions"], answer["actions"])
         assert (found["accepted"], found["passes"]) == (6, 1)
     assert "passes" not in policy.infer_batch([drafted[0], plain[1]])[0]  # one has none
-    with pytest.raises(ValueError, match=r"Expected a draft \(1, 7\)"):
-        policy.infer({**plain[0], "draft": [31744] * 3})
+    with pytest.raises(ValueError, match=r"Expected drafts of \(7,\) token ids, got \(3,\)"):
+        policy.infer_batch([drafted[0], {**plain[1], "draft": [31744] * 3}])
+    without = OpenVLAPolicy(policy.model, policy.processor, policy.unnorm_key, drafts=False)
+    assert not without.takes_drafts and "draft" not in without.needs and not without.metadata["drafts"]
+    assert "accepted" not in without.infer(drafted[0])
 
 
 def test_policies_that_decode_in_parallel_look_at_no_draft(oft_policy, observations, oft_recorded):

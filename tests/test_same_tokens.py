@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import openvla
-from openvla import compiled_actions
 from openvla.evaluate.bench_ways import margins, rounding_limit
 
 START, END, COUNT = 31744, 32000, 14
@@ -49,16 +48,6 @@ def count_differing(model, inputs: dict, tokens: np.ndarray, others: np.ndarray)
     found = margins(model, inputs, tokens, others)
     assert max(found, default=-1.0) < rounding_limit(model.dtype), found
     return len(found)
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """Graphs are captured; but PyTorch runs them without generating code first, which takes minutes."""
-    torch._dynamo.reset()
-    compile_with = torch.compile
-    monkeypatch.setattr(
-        compiled_actions.torch, "compile", lambda function, mode, **_: compile_with(function, backend="eager")
-    )
 
 
 def generated(model, inputs: dict, count: int) -> np.ndarray:
