@@ -4,8 +4,8 @@ transformers 5 prefers registered classes over a repository's own code, so that 
 `AutoModelForImageTextToText` serve released repositories whose `auto_map` names code that runs on 4.40.1 only. 4.57
 prefers the repository's code when `trust_remote_code=True`; there, use `openvla.load`.
 
-Either side may be imported first, and ours imports theirs: whenever one of the modules below has finished loading, the
-pairs of which both sides are complete are registered.
+Either side may be imported first, and ours imports theirs: whenever a module has finished loading, and none of
+transformers' is half loaded, the pairs of which both sides are complete are registered.
 """
 
 import importlib
@@ -22,12 +22,12 @@ _PAIRS = {
     f"{_AUTO}processing_auto": "openvla.processing_openvla",
 }
 _registered: set[str] = set()
-_finished: set[str] = set()  # whose code has run, though Python may still count them as being imported
+_running: set[str] = set()  # modules of transformers and of ours that are just being loaded
 
 
 class _RegisterAfterImport(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name not in _PAIRS and name not in _PAIRS.values():
+        if len(_registered) == len(_PAIRS) or not (name.startswith("transformers.") or name in _PAIRS.values()):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -38,8 +38,11 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
         exec_module = spec.loader.exec_module
 
         def exec_and_register(module):
-            exec_module(module)
-            _finished.add(name)
+            _running.add(name)
+            try:
+                exec_module(module)
+            finally:
+                _running.discard(name)
             register()
 
         spec.loader.exec_module = exec_and_register
@@ -56,16 +59,12 @@ def install() -> None:
 def register() -> None:
     """Registers every pair whose transformers side is loaded and whose own side is not just being imported.
 
-    Waits while any of transformers' four is: ours, when imported, look up Auto classes there.
+    Waits while any module of transformers is: ours may need just that one.
     """
-
-    def importing(name: str) -> bool:
-        return name not in _finished and name in sys.modules and sys.modules[name].__spec__._initializing
-
-    if any(map(importing, _PAIRS)):
+    if any(name.startswith("transformers.") for name in _running):
         return
     for auto_name, our_name in _PAIRS.items():
-        if auto_name in _registered or auto_name not in sys.modules or importing(auto_name) or importing(our_name):
+        if auto_name in _registered or auto_name not in sys.modules or our_name in _running:
             continue
         _registered.add(auto_name)  # first: the import below may bring us here again
         _register_pair(sys.modules[auto_name], importlib.import_module(our_name))

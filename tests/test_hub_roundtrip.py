@@ -220,8 +220,11 @@ def test_auto_classes_serve_released_folders_once_the_package_is_imported(checkp
     ]
 
 
-@pytest.mark.parametrize("first", ["AutoConfig", "AutoImageProcessor", "AutoModel", "AutoProcessor", "AutoTokenizer"])
-def test_whichever_auto_class_comes_first_all_are_registered(first):
+AUTO_CLASSES = ("AutoConfig", "AutoImageProcessor", "AutoModel", "AutoProcessor", "AutoTokenizer")
+
+
+@pytest.mark.parametrize("first", [*AUTO_CLASSES, "Dinov2Model", "GenerationMixin", "Trainer"])
+def test_whatever_comes_first_all_are_registered(first):
     script = f"""
         import openvla
         from transformers import {first}
