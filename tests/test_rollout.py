@@ -356,7 +356,8 @@ def test_a_server_acts_in_the_simulator(tmp_path, capsys):
         env = open_env("libero_object", 0, renderer="fast")
         env.reset(0)
         sent = np.frombuffer(base64.b64decode(body["image"]["__numpy__"]), np.uint8).reshape(224, 224, 3)
-        np.testing.assert_array_equal(sent, env.observe()["images"]["agentview"])
+        apart = np.abs(sent.astype(int) - env.observe()["images"]["agentview"])
+        assert apart.max() <= 1 and (apart > 0).mean() < 1e-4  # another process may round a pixel otherwise
         assert body["instruction"] == env.instruction
         env.close()
         server.metadata = (200, {"unnorm_key": "x", "action_dims": [{"name": "x", "unit": "m"}] * 7, "num_cameras": 1})
