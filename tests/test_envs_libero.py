@@ -174,6 +174,63 @@ def test_bad_actions_and_episodes(env):
         open_env("libero", 0)
 
 
+def test_random_placements_are_those_of_a_model_built_anew():
+    """LIBERO counts the furniture's place twice for what stands on it, if the furniture stood there before."""
+    from libero.libero.envs.env_wrapper import ControlEnv
+
+    from openvla.evaluate.envs.libero import _bddl, _silence, _tasks
+
+    env = open_env("libero_spatial", 7, cameras=[])  # a bowl on the stove, another on the cabinet
+    options = {"use_camera_obs": False, "has_offscreen_renderer": False}
+    with _silence():
+        theirs = ControlEnv(bddl_file_name=_bddl(_tasks("libero_spatial")[7]), hard_reset=True, **options)
+    for episode in (3, 4):
+        env.reset(episode, randomize=True)
+        with _silence():
+            np.random.seed(10_000 + episode)
+            theirs.reset()
+            for _ in range(10):
+                theirs.step([0.0] * 6 + [-1.0])
+        for name in ("akita_black_bowl_1_main", "akita_black_bowl_2_main", "plate_1_main", "flat_stove_1_main"):
+            expected = theirs.sim.data._data.body(name).xpos
+            np.testing.assert_allclose(env.data.body(name).xpos, expected, atol=1e-9)
+        assert env.data.body("akita_black_bowl_1_main").xpos[2] > 0.92  # on the stove, not on the floor
+    theirs.close()
+    env.close()
+
+
+def test_what_else_a_scene_can_be_asked_for():
+    from openvla.evaluate.envs.libero import others
+
+    bowl = [["on", "akita_black_bowl_2", "plate_1"]]  # the second bowl stands where the other task's own one does
+    assert [others("libero_spatial", task) for task in (0, 4, 5)] == [{1: bowl}, {9: bowl}, {3: bowl}]
+    assert list(others("libero_object", 0)) == [1, 2, 5, 6, 7]
+    assert others("libero_object", 0)[2] == [["in", "salad_dressing_1", "basket_1_contain_region"]]
+    assert len(others("libero_goal", 3)) == 9  # one scene for all
+    assert others("libero_10", 2) == {}  # both moka pots of task 8 cannot be the one that stands there
+
+
+def test_another_task_in_the_same_scene(env):
+    with pytest.raises(ValueError, match=r"one can ask for \[1\] there, got 2"):
+        env.ask(2)
+    own = env.instruction
+    for asked, instruction, bowl in ((1, list_tasks("libero_spatial")[1], 2), (None, own, 1)):
+        env.ask(asked)
+        env.reset(0)
+        assert env.instruction == instruction
+        before = env.get_state()
+        expert, steps = env.expert(), 0
+        while not env.step(expert.act()) and steps < 150:
+            steps += 1
+        assert steps < 150
+        places = {number: env.data.body(f"akita_black_bowl_{number}_main").xpos for number in (1, 2)}
+        plate = env.data.body("plate_1_main").xpos
+        away = {number: np.linalg.norm((place - plate)[:2]) for number, place in places.items()}
+        assert away[bowl] < 0.05 < 0.1 < away[3 - bowl]
+        env.reset(0)
+        assert env.get_state().tobytes() == before.tobytes()
+
+
 def test_suites_tasks_and_limits():
     counts = {suite: len(list_tasks(suite)) for suite in SUITES if suite != "metaworld"}
     assert counts.pop("libero_90") == 90 and set(counts.values()) == {10} and len(counts) == 20

@@ -57,6 +57,37 @@ def max_steps(suite: str) -> int:
     return MAX_STEPS["_".join(suite.split("_")[:2])]
 
 
+@functools.cache
+def others(suite: str, task: int) -> dict[int, list[list[str]]]:
+    """Other tasks of the suite that can be done in the scene of `task`, and what their goals are in it.
+
+    All that a goal is about must be there. Of several objects of a kind (two bowls) the one is meant that stands where
+    the other task has its own.
+    """
+    here, found = _problem(suite, task), {}
+    names = {name for kind in ("objects", "fixtures") for group in here[kind].values() for name in group}
+    names |= set(here["regions"])
+    for number in range(len(_tasks(suite))):
+        there, goal = _problem(suite, number), []
+        for relation, *arguments in there["goal_state"]:
+            goal.append([relation, _counterpart(arguments[0], there, here), *arguments[1:]])
+        named = {name for _, *arguments in goal for name in arguments}
+        merged = len({each[1] for each in goal}) < len({each[1] for each in there["goal_state"]})
+        if number != task and named <= names and not merged and goal != here["goal_state"]:
+            found[number] = goal
+    return found
+
+
+def _counterpart(name: str, there: dict, here: dict) -> str | None:
+    """Of an object of one problem, the object of another; None if there is none or nobody could say which."""
+    kind = next((kind for kind, group in there["objects"].items() if name in group), None)
+    alike = here["objects"].get(kind, [])
+    if kind is None or len(alike) == 1:
+        return name if kind is None else alike[0]
+    ours, theirs = (dict(each[1:] for each in problem["initial_state"] if len(each) == 3) for problem in (here, there))
+    return next((subject for subject in alike if ours.get(subject) == theirs[name]), None)
+
+
 def open_env(suite: str, task: int, **options) -> "LiberoEnv":
     return LiberoEnv(suite, task, **options)
 
@@ -96,6 +127,8 @@ class LiberoEnv:
                 hard_reset=False,  # a new model per episode would take 7 s, and be the same
                 horizon=10**9,  # the limit of steps is ours
             )
+        self._unplaced = _unplaced_fixtures(self.simulator.env)
+        self._goal = self.simulator.env.parsed_problem["goal_state"]
         self._random_states: list[tuple] = []  # of numpy's generator, before the reset of each episode
         self._pictures = None
         self._recent: dict = {}
@@ -104,6 +137,17 @@ class LiberoEnv:
     def num_episodes(self) -> int:
         """Official initial states; beyond them there are random ones."""
         return len(self.initial_states)
+
+    def ask(self, task: int | None) -> None:
+        """Gives the scene another task of the suite to be done in it, one of `others(suite, task)`; None: its own.
+
+        Instruction, success and new experts are the other task's from then on.
+        """
+        goals = others(self.suite, self.task)
+        if task is not None and task not in goals:
+            raise ValueError(f"{self.suite} task {self.task}: one can ask for {list(goals)} there, got {task}.")
+        self.instruction = _instruction(self.suite, _tasks(self.suite)[self.task if task is None else task])
+        self.simulator.env.parsed_problem["goal_state"] = self._goal if task is None else goals[task]
 
     def reset(self, episode: int, state: np.ndarray | None = None, randomize: bool = False) -> None:
         """Puts the scene into an initial state and lets it settle.
@@ -121,7 +165,7 @@ class LiberoEnv:
         with self.stopwatch.measure("physics"), _silence():
             if randomize:
                 np.random.seed(10_000 + episode)  # LIBERO samples with numpy's global generator
-                self.simulator.reset()
+                self._place_anew()
             else:
                 self._reset_as_published(episode)
             self._gripper.current_action = np.zeros(2)  # else the last episode's end shows in the next one
@@ -220,6 +264,14 @@ class LiberoEnv:
         self._gripper.current_action[:] = state[size + solver :]
         self.simulator.robots[0].controller.new_update = True  # else its first goal starts at the reset's pose
 
+    def _place_anew(self) -> None:
+        """As a reset that builds the model anew: what stands on furniture is placed relative to it, and LIBERO would
+        count the place twice where the furniture stands already."""
+        model = self.model
+        for body, (position, orientation) in self._unplaced.items():
+            model.body(body).pos, model.body(body).quat = position, orientation
+        self.simulator.reset()
+
     def _reset_as_published(self, episode: int) -> None:
         if not self._random_states:
             self.simulator.seed(0)
@@ -227,7 +279,7 @@ class LiberoEnv:
         known = min(episode, len(self._random_states) - 1)
         np.random.set_state(self._random_states[known])
         for past in range(known, episode + 1):
-            self.simulator.reset()
+            self._place_anew()
             if past + 1 == len(self._random_states):
                 self._random_states.append(np.random.get_state())
 
@@ -277,6 +329,17 @@ class _Pictures:
         self._renderer.close()
 
 
+def _unplaced_fixtures(task) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Position `(3,)` and quaternion `(4,)` of furniture's bodies in a model that was just built."""
+    found = {}
+    bodies = {body.get("name"): body for body in task.model.root.iter("body")}
+    for fixture in task.fixtures_dict.values():
+        body = bodies[fixture.root_body]
+        numbers = body.get("pos", "0 0 0"), body.get("quat", "1 0 0 0")
+        found[fixture.root_body] = tuple(np.array(text.split(), dtype=np.float64) for text in numbers)
+    return found
+
+
 @functools.cache
 def _tasks(suite: str) -> list:
     _import_libero()
@@ -300,6 +363,15 @@ def _bddl(task) -> str:
     from libero.libero import get_libero_path
 
     return os.path.join(get_libero_path("bddl_files"), task.problem_folder, task.bddl_file)
+
+
+@functools.cache
+def _problem(suite: str, task: int) -> dict:
+    """What a task's file says: `objects` and `fixtures` by kind, `regions`, `initial_state`, `goal_state`."""
+    _import_libero()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+
+    return robosuite_parse_problem(_bddl(_tasks(suite)[task]))
 
 
 def _initial_states(task) -> np.ndarray:
