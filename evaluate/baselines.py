@@ -24,6 +24,52 @@ class RandomPolicy:
         return [{"actions": np.random.default_rng(seed).uniform(self._low, self._high)[None]} for seed in seeds]
 
 
+class MajorityPolicy:
+    """Says at every step what was most frequent in a dataset: of each number the most frequent of 256 bins."""
+
+    needs = ()
+
+    def __init__(self, conventions: Conventions, source: str):
+        reader = _open(source)
+        stats = dataset_statistics(source)
+        actions = np.concatenate([reader.read(index).actions for index in range(len(reader))])
+        tokenizer = ActionTokenizer()
+        ids = tokenizer.encode(stats.normalize(actions))
+        most = np.array([np.bincount(column).argmax() for column in ids.T])
+        self.action = stats.unnormalize(tokenizer.decode(most[None]))
+        self.metadata = describe(conventions, "majority")
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        return [{"actions": self.action} for _ in observations]
+
+
+class ReplayPolicy:
+    """Carries out a demonstration of the same instruction, blindly, another one for every episode; then it rests.
+
+    What it reaches needs neither eyes nor learning.
+    """
+
+    needs = ("place",)
+
+    def __init__(self, conventions: Conventions, source: str):
+        reader = _open(source)
+        self._episodes: dict[str, list[np.ndarray]] = {}
+        for index in range(len(reader)):
+            episode = reader.read(index)
+            self._episodes.setdefault(episode.instructions[0], []).append(episode.actions)
+        self.metadata = describe(conventions, "replay")
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        return [{"actions": self._action(**observation)[None]} for observation in observations]
+
+    def _action(self, instruction: str, place: tuple[int, int, int], **_) -> np.ndarray:
+        if instruction not in self._episodes:
+            raise ValueError(f"There is no demonstration of {instruction!r}, only of {list(self._episodes)}.")
+        known, (_, episode, step) = self._episodes[instruction], place
+        actions = known[episode % len(known)]
+        return actions[step] if step < len(actions) else np.array([*np.zeros(len(actions[0]) - 1), actions[-1][-1]])
+
+
 class ExpertPolicy:
     """What the scripted expert would do, which looks into the simulator and sends its action with the observation.
 
@@ -53,10 +99,30 @@ class ExpertPolicy:
         return [{"actions": action[None]} for action in actions]
 
 
+def make_baseline(name: str, conventions: Conventions, statistics: str | None, seed: int):
+    """The policy that `openvla evaluate --baseline` names; `statistics` is the dataset that it learns from, if any."""
+    if name == "random":
+        return RandomPolicy(conventions, seed)
+    if name in ("majority", "replay"):
+        return (MajorityPolicy if name == "majority" else ReplayPolicy)(conventions, statistics)
+    return ExpertPolicy(conventions, dataset_statistics(statistics) if name == "expert-tokens" else None)
+
+
 def through_tokens(actions: np.ndarray, stats: ActionStats) -> np.ndarray:
     """Actions `(N, A)` as a policy that has learnt them without any error would give them."""
     tokenizer = ActionTokenizer()
     return stats.unnormalize(tokenizer.decode(tokenizer.encode(stats.normalize(actions))))
+
+
+def _open(source: str):
+    """A LeRobot dataset of demonstrations, whose actions are as policies speak them."""
+    from openvla.finetune.readers import open_reader
+    from openvla.finetune.readers.lerobot import LeRobotReader
+
+    reader = open_reader(source)
+    if not isinstance(reader, LeRobotReader):
+        raise ValueError(f"Expected a LeRobot dataset of `openvla demos`, got {source}, a {type(reader).__name__}.")
+    return reader
 
 
 def dataset_statistics(source: str) -> ActionStats:

@@ -21,12 +21,14 @@ PATIENCE = 300.0  # seconds without an answer after which a simulator hangs; ope
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to run. `video`: where to write its recording; None: nowhere."""
+    """One episode to run. `video`: where to write its recording; None: nowhere. `asked`: another task of the suite,
+    asked for in the scene of `task` (LIBERO only)."""
 
     suite: str
     task: int
     episode: int
     video: str | None = None
+    asked: int | None = None
 
 
 @dataclass
@@ -151,7 +153,7 @@ class _Simulator:
     ):
         self.env_options, self.needs, self.seed = env_options, needs, seed
         self.execute, self.ensemble = execute, ensemble
-        self.env, self.opened = None, None
+        self.env, self.opened, self.asked = None, None, None
 
     def __call__(self, job: Job, ask: Callable[[dict], dict]) -> Outcome:
         """`ask`: the policy, with an observation."""
@@ -159,8 +161,12 @@ class _Simulator:
             if self.env is not None:
                 self.env.close()
             self.env, self.opened = open_env(job.suite, job.task, **self.env_options), (job.suite, job.task)
+            self.asked = None
         env, start = self.env, time.perf_counter()
         env.stopwatch.seconds.clear()
+        if job.asked != self.asked:
+            env.ask(job.asked)
+            self.asked = job.asked
         env.reset(job.episode)
         expert = env.expert(seed=self.seed) if "expert" in self.needs else None
         recording = Recording(env) if job.video else None

@@ -7,6 +7,8 @@ openvla evaluate runs/my-policy --suite libero_goal --ensemble
 openvla evaluate http://127.0.0.1:8000 --suite libero_spatial --unnorm-key libero_spatial_no_noops
 openvla evaluate --baseline expert --suite libero_goal --episodes 0-9
 openvla evaluate --baseline expert-tokens --statistics demos/libero_goal --suite libero_goal --episodes 0-9
+openvla evaluate --baseline replay --statistics demos/libero_goal --suite libero_goal --episodes 0-9
+openvla evaluate runs/my-policy --suite libero_spatial --ask-other
 openvla evaluate runs/my-policy --data demos/libero_object --episodes 0-9
 
 The published protocol is the default: every official initial state once (LIBERO: 50 of each of 10 tasks), and its
@@ -34,7 +36,8 @@ from openvla.evaluate.envs import HELD_OUT, list_tasks, open_env, versions
 from openvla.evaluate.report import short_name, tell_differences
 from openvla.serve.action_queue import ENSEMBLE
 
-BASELINES = ("expert", "expert-tokens", "random")
+BASELINES = ("expert", "expert-tokens", "majority", "random", "replay")
+LEARNED = ("expert-tokens", "majority", "replay")  # from the dataset that --statistics names
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--statistics",
         metavar="DATASET",
-        help="for expert-tokens: dataset, or folder of demonstrations, to normalise by",
+        help="for expert-tokens, majority and replay: dataset, or folder of demonstrations, to normalise by, to take "
+        "each number's most frequent value of, or to carry out blindly",
+    )
+    arguments.add_argument(
+        "--ask-other",
+        action="store_true",
+        help="ask in every scene for other tasks of the suite that can be done there: does the policy listen?",
     )
     arguments.add_argument("--unnorm-key", help="whose statistics; default: the suite's name, also with _no_noops")
     arguments.add_argument(
@@ -133,7 +142,7 @@ def main(argv: list[str]) -> None:
         "env": env_options,
         "seed": args.seed,
         "versions": _versions(args.suite),
-    }
+    } | ({"ask_other": True} if args.ask_other else {})
     settings = json.loads(json.dumps(settings))
     log = EpisodeLog(folder, settings)
     jobs = []
@@ -141,7 +150,8 @@ def main(argv: list[str]) -> None:
         for place, episode in enumerate(episodes):
             video = folder / "videos" / f"task_{task:02d}_episode_{episode:02d}.mp4"
             if (task, episode) not in log.episodes:
-                jobs.append(Job(args.suite, task, episode, str(video) if place < args.videos else None))
+                asked = choose_other(args.suite, task, episode) if args.ask_other else None
+                jobs.append(Job(args.suite, task, episode, str(video) if place < args.videos else None, asked))
     wanted = {(task, episode) for task in tasks for episode in episodes}
     if done := len(wanted & set(log.episodes)):
         print(f"{done} of {len(wanted)} episodes are in {log.path} already", file=sys.stderr)
@@ -180,8 +190,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("Expected either --execute or --ensemble, which asks at every step.")
     if args.ensemble is not None and not 0 <= args.ensemble < float("inf"):
         raise ValueError(f"--ensemble {args.ensemble}: expected 0 (equal weights) or more.")
-    if (args.baseline == "expert-tokens") != (args.statistics is not None):
-        raise ValueError("--statistics, whose quantiles normalise the actions, and expert-tokens belong together.")
+    if (args.baseline in LEARNED) != (args.statistics is not None):
+        raise ValueError(f"--statistics, a dataset, and the baselines {', '.join(LEARNED)} belong together.")
+    if args.ask_other and not args.suite.startswith("libero"):
+        raise ValueError(f"--ask-other is for LIBERO's suites, {args.suite} has one task per scene.")
     loading = ("center_crop_area", "num_denoising_steps", "device", "revision", "quantize")
     idle = [name for name in loading if getattr(args, name) is not None] + ["dtype"] * (args.dtype != "auto")
     idle += ["no_drafts"] * args.no_drafts
@@ -206,7 +218,8 @@ def _tell(args: argparse.Namespace, metadata: dict, conventions, episodes: list[
         )
     if args.ensemble is not None and metadata.get("action_chunk") == 1:
         print("note: one action at a time leaves --ensemble nothing to average", file=sys.stderr)
-    if str(metadata.get("unnorm_key")).startswith("libero") and metadata.get("center_crop_area", 1.0) is None:
+    published = str(metadata.get("unnorm_key")).startswith("libero") and not metadata.get("cameras")
+    if published and metadata.get("center_crop_area", 1.0) is None:
         print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
 
 
@@ -220,7 +233,18 @@ def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], e
     parts += [f"{args.num_denoising_steps} denoising steps"] if args.num_denoising_steps else []
     parts += [f"policy quantised as {args.quantize}"] if args.quantize else []
     parts += [f"baseline {args.baseline}"] if args.baseline else []
+    parts += ["asked for another task of the suite that can be done there"] if args.ask_other else []
     return f"{args.suite} ({'; '.join(parts)})" if parts else args.suite
+
+
+def choose_other(suite: str, task: int, episode: int) -> int:
+    """Which other task is asked for in the scene of `task`: each that can be done there in its turn."""
+    from openvla.evaluate.envs.libero import others
+
+    found = list(others(suite, task))
+    if not found:
+        raise ValueError(f"No other task of {suite} can be done in the scene of task {task}: leave it out of --tasks.")
+    return found[episode % len(found)]
 
 
 class EpisodeLog:
@@ -261,12 +285,10 @@ class EpisodeLog:
 
 def _policy(args: argparse.Namespace, conventions) -> tuple:
     """What acts, and what it declares."""
-    from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_statistics, describe
+    from openvla.evaluate.baselines import describe, make_baseline
 
     if args.baseline:
-        stats = dataset_statistics(args.statistics) if args.baseline == "expert-tokens" else None
-        random = args.baseline == "random"
-        policy = RandomPolicy(conventions, args.seed) if random else ExpertPolicy(conventions, stats)
+        policy = make_baseline(args.baseline, conventions, args.statistics, args.seed)
         return policy, policy.metadata
     if _is_address(args.checkpoint):
         from openvla.serve.client import ActClient

