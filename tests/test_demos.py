@@ -24,7 +24,7 @@ from openvla.evaluate.baselines import through_tokens
 from openvla.evaluate.demos import hdf5, make, parts, replay
 from openvla.evaluate.demos.parts import Part, Recorder, Settings, expert_seed, is_no_op, open_parts, part_name, play
 from openvla.evaluate.demos.writing import STATE_NAMES
-from openvla.evaluate.envs import Conventions
+from openvla.evaluate.envs import Conventions, list_tasks
 from openvla.evaluate.envs.libero import from_simulator
 from openvla.evaluate.processes import run_in_processes
 from openvla.finetune.readers import open_reader
@@ -168,6 +168,44 @@ def test_extra_steps_follow_success(undisturbed, env):
     # The same to the bit in another process, after other episodes.
     assert arrays["actions"][:-4].tobytes() == expected.actions.tobytes()
     assert arrays["proprio"][:-4].astype(np.float32).tobytes() == expected.proprio.tobytes()
+
+
+@needs_libero
+def test_pushed_off_its_way_the_expert_goes_on_in_episodes_of_their_own(env, tmp_path):
+    out = tmp_path / "pushed"
+    options = ["--push", "0.08", "--noise", "0", "--other-share", "1", "--random", "2", "--cameras", "none"]
+    make.main(["libero_object", "--tasks", "0", *options, "--out", str(out)])
+    reader, found = open_reader(str(out)), json.loads((out / "meta" / "demonstrations.json").read_text())
+    entries = found["episodes"]
+    assert len(reader) == len(entries) > 6 and len({entry["seed"] for entry in entries}) == 2
+    assert {entry["asked"] for entry in entries} <= {1, 2, 5, 6, 7}
+    after, jumps = {}, []
+    with np.load(out / "meta" / "initial_states.npz") as states:
+        for index, entry in enumerate(entries):
+            episode = reader.read(index)
+            assert len(episode) == entry["steps"] and entry.get("start", 0) == after.get(entry["seed"], 0)
+            assert set(episode.instructions) == {list_tasks("libero_object")[entry["asked"]]}
+            after[entry["seed"]] = after.get(entry["seed"], 0) + len(episode)
+            # What is recorded is what was done: from its first state on, the actions lead through its states. Where
+            # the arm is moving, returning to a state moves it by half a millimetre.
+            env.reset(entry["episode"], state=states[str(index)], randomize=True)
+            for step, action in enumerate(episode.actions[:8]):
+                np.testing.assert_allclose(episode.proprio[step], env.proprio(), atol=3e-3)
+                env.step(action)
+            if "start" in entry:
+                jumps.append(np.abs(episode.proprio[0][:3] - reader.read(index - 1).proprio[-1][:3]).max())
+    assert np.median(jumps) > 0.02  # metres
+    with pytest.raises(ValueError, match="its episodes end where the arm was pushed"):
+        make.main(["--replay", str(out)])
+
+
+@needs_libero
+def test_replaying_asks_for_what_was_asked(tmp_path, capsys):
+    out = tmp_path / "other"
+    options = ["--other-share", "1", "--episodes", "10-11", "--cameras", "none"]
+    make.main(["libero_object", "--tasks", "0", *options, "--out", str(out)])
+    make.main(["--replay", str(out)])
+    assert "all      2/2   100%" in capsys.readouterr().out
 
 
 @needs_libero

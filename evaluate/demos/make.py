@@ -3,6 +3,7 @@
 openvla demos libero_object --cameras agentview wrist --workers 2
 openvla demos libero_spatial --tasks 0,3-5 --episodes 10-19 --noise 0.01 --renderer fast --out demos/spatial
 openvla demos libero_goal --random 50 --format both
+openvla demos libero_spatial --random 30 --noise 0 --push 0.03 --other-share 0.3
 openvla demos metaworld --tasks 0-4
 openvla demos libero_object --tasks 0 --cameras none --out demos/actions_only
 openvla demos --replay demos/libero_object --tokenize
@@ -51,6 +52,22 @@ def parser() -> argparse.ArgumentParser:
     which.add_argument("--random", type=int, metavar="N", help="instead: N random placements per task")
     arguments.add_argument("--seed", type=int, default=0, help="of the noise; with --random the first placement, too")
     arguments.add_argument("--noise", type=float, default=0.01, help="of the expert's aim, metres per step")
+    arguments.add_argument(
+        "--push",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="push the arm off its way with this probability per step, unrecorded: every way back is an episode of "
+        "its own, from where policies err to; with --noise 0 its actions are exact; LIBERO only",
+    )
+    arguments.add_argument(
+        "--other-share",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the episodes in which the scene is asked for another task of the suite: the same pictures, other "
+        "words, other actions; LIBERO only",
+    )
     arguments.add_argument("--cameras", nargs="+", help="default: the main one; none: actions and states only")
     arguments.add_argument(
         "--renderer",
@@ -135,6 +152,10 @@ def read_settings(args: argparse.Namespace):
 
     if args.extra_steps < 0 or args.noise < 0:
         raise ValueError(f"--extra-steps and --noise must not be negative, got {args.extra_steps} and {args.noise}.")
+    if not 0 <= args.push < 1 or not 0 <= args.other_share <= 1:
+        raise ValueError(f"Expected --push and --other-share from 0 to 1, got {args.push} and {args.other_share}.")
+    if (args.push or args.other_share) and (args.format != "lerobot" or not args.suite.startswith("libero")):
+        raise ValueError("--push and --other-share are for LIBERO's suites, and for --format lerobot.")
     if args.format != "lerobot" and not args.suite.startswith("libero"):
         raise ValueError(f"--format {args.format} is LIBERO's layout, which {args.suite} does not fit: use lerobot.")
     if args.random is not None:
@@ -163,6 +184,8 @@ def read_settings(args: argparse.Namespace):
         renderer=args.renderer,
         keep_no_ops=args.keep_no_ops,
         extra_steps=args.extra_steps,
+        other_share=args.other_share,
+        push=args.push,
     )
 
 
@@ -205,11 +228,11 @@ def _progress(total: int, done: int):
 def describe(settings: dict, versions: dict, facts: list[dict]) -> dict:
     """For `meta/demonstrations.json`: settings, versions, how many of each task were tried and kept, which failed.
     Nothing in it depends on the run, such as time."""
-    tasks = []
+    tasks, instructions = [], list_tasks(settings["suite"])
     for task in settings["tasks"]:
         tried = [each for each in facts if each["task"] == task]
         kept = sum(each["success"] for each in tried)
-        tasks.append({"task": task, "instruction": tried[0]["instruction"], "tried": len(tried), "succeeded": kept})
+        tasks.append({"task": task, "instruction": instructions[task], "tried": len(tried), "succeeded": kept})
     failed = [
         {name: each[name] for name in ("task", "episode", "seed", "steps")} for each in facts if not each["success"]
     ]

@@ -33,6 +33,8 @@ class Settings:
         cameras: None: the main one.
         keep_no_ops: carry out and record actions that do nothing, too.
         extra_steps: steps to go on after success; the task must be done at the end still.
+        other_share: of the episodes, those in which the scene is asked for another task of the suite.
+        push: probability per step that the arm is pushed off its way, which is not recorded.
     """
 
     suite: str
@@ -45,6 +47,8 @@ class Settings:
     renderer: str
     keep_no_ops: bool
     extra_steps: int
+    other_share: float = 0.0
+    push: float = 0.0
 
 
 # --- Playing ---------------------------------------------------------------------------------------------------------
@@ -64,7 +68,8 @@ def play(env, settings: Settings, episode: int, seed: int) -> tuple[dict, dict[s
     """Plays one episode. What is stored of a step is what was there before its action, and the action carried out.
 
     Returns facts (`success`, `steps`, `no_ops`), and arrays: `actions` `(N, A)` float32, `proprio` `(N, P)`, `states`
-    `(N, S)`, LIBERO's `joints` `(N, 7)`, and the cameras' frames as PNG files, end to end.
+    `(N, S)`, LIBERO's `joints` `(N, 7)`, the cameras' frames as PNG files, end to end, and `starts`: the first steps
+    of its pieces, a new one after every push.
     """
     cameras = env.conventions.cameras[:1] if settings.cameras is None else settings.cameras
     if unknown := [camera for camera in cameras if camera not in env.conventions.cameras]:
@@ -74,7 +79,12 @@ def play(env, settings: Settings, episode: int, seed: int) -> tuple[dict, dict[s
     rows = {"actions": [], "proprio": [], "states": []} | ({"joints": []} if hasattr(env, "joints") else {})
     frames = {camera: [] for camera in cameras}
     limit, no_ops, reached, done = env.max_steps, 0, False, False
+    pushes, starts = np.random.default_rng([seed, 1]), {0}
     while len(rows["actions"]) < limit and no_ops < env.max_steps:
+        if settings.push and pushes.random() < settings.push and not reached:
+            for action in draw_push(pushes, rows["actions"][-1][-1] if rows["actions"] else 1.0):
+                env.step(action)
+            starts.add(len(rows["actions"]))
         with env.stopwatch.measure("expert"):
             action = np.asarray(expert.act(), dtype=np.float32)
         if not settings.keep_no_ops and is_no_op(action, rows["actions"][-1] if rows["actions"] else None):
@@ -91,10 +101,22 @@ def play(env, settings: Settings, episode: int, seed: int) -> tuple[dict, dict[s
         if done and not reached:
             reached, limit = True, len(rows["actions"]) + settings.extra_steps
     arrays = {name: np.array(values) for name, values in rows.items()}
+    arrays["starts"] = np.array(sorted(starts))
     for camera, files in frames.items():
         arrays[f"frames/{camera}"] = np.frombuffer(b"".join(files), np.uint8)
         arrays[f"ends/{camera}"] = np.cumsum([len(file) for file in files])
     return {"success": done, "steps": len(rows["actions"]), "no_ops": no_ops}, arrays
+
+
+def draw_push(rng: np.random.Generator, gripper: float) -> np.ndarray:
+    """`(2 to 6, 7)` actions of LIBERO: one way for a tenth to a third of a second, about 6 cm. One push in five opens
+    the fingers that `gripper` had closed, or closes them: what is carried falls."""
+    action = np.zeros(7, np.float32)
+    way = rng.normal(size=3)
+    action[:3] = way / np.linalg.norm(way) * rng.uniform(0.2, 0.8)
+    action[3:6] = rng.uniform(-0.15, 0.15, 3)
+    action[6] = 1.0 - gripper if rng.random() < 0.2 else gripper
+    return np.repeat(action[None], rng.integers(2, 7), axis=0)
 
 
 class Recorder:
@@ -119,8 +141,12 @@ class Recorder:
         env, opened = self._env, time.process_time()
         env.stopwatch.seconds.clear()
         seed = expert_seed(settings.seed, task, episode)
+        asked = self._choose_other(task, np.random.default_rng([seed, 2]))
+        if settings.other_share:
+            env.ask(asked)
         played, arrays = play(env, settings, episode, seed)
         facts = {"task": task, "episode": episode, "seed": seed, "instruction": env.instruction, **played}
+        facts |= {} if asked is None else {"asked": asked}
         facts |= {"conventions": asdict(env.conventions)}
         if settings.suite.startswith("libero"):  # for its HDF5 files
             simulator = env.simulator
@@ -133,6 +159,14 @@ class Recorder:
         facts["cpu_seconds"] = seconds
         write_part(self.folder, facts, arrays if played["success"] else {})
         return facts
+
+    def _choose_other(self, task: int, rng: np.random.Generator) -> int | None:
+        from openvla.evaluate.envs.libero import others
+
+        if not self.settings.other_share or rng.random() >= self.settings.other_share:
+            return None
+        found = list(others(self.settings.suite, task))
+        return int(rng.choice(found)) if found else None
 
 
 # --- Parts -----------------------------------------------------------------------------------------------------------
@@ -148,9 +182,16 @@ class Part:
         with np.load(self.path) as data:
             return {name: data[name] for name in data.files if name != "facts"}
 
-    def initial_state(self) -> np.ndarray:
+    def pieces(self) -> list[tuple[int, int]]:
+        """(first step, step after the last) of what lies between pushes."""
+        with np.load(self.path) as data:
+            starts, count = data["starts"].tolist(), len(data["actions"])
+        return [(start, stop) for start, stop in zip(starts, [*starts[1:], count]) if start < stop]
+
+    def initial_states(self) -> np.ndarray:
+        """`(pieces, S)`."""
         with np.load(self.path) as data:  # frames stay on disk
-            return data["states"][0]
+            return data["states"][[start for start, _ in self.pieces()]]
 
     @property
     def conventions(self) -> Conventions:

@@ -47,6 +47,8 @@ class Replayer:
             actions = through_tokens(actions, self.stats)
         with np.load(self.folder / "meta" / "initial_states.npz") as states:
             state = states[str(index)]
+        if settings.get("other_share"):
+            self._env.ask(episode.get("asked"))
         self._env.reset(episode["episode"], state=state, randomize=settings["randomize"])
         return any(self._env.step(action) for action in actions)
 
@@ -57,6 +59,8 @@ def open_replayer(folder: Path, tokenize: bool) -> Replayer:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: {folder} was not made by `openvla demos`, so how is unknown.")
     description = json.loads(file.read_text())
+    if description["settings"].get("push"):
+        raise ValueError(f"{folder} was made with --push: its episodes end where the arm was pushed, undone.")
     return Replayer(folder, description, dataset_statistics(str(folder)) if tokenize else None)
 
 

@@ -58,14 +58,15 @@ def write_lerobot(
     with LeRobotWriter(out, conventions.control_frequency, cameras, **options) as writer:
         for part in kept:
             arrays = part.arrays()
-            count = len(arrays["actions"])
-            instructions = [part.facts["instruction"]] * count
             states = arrays["proprio"].astype(np.float32)
+            for start, stop in part.pieces():
 
-            def image(camera: str, step: int, arrays=arrays) -> np.ndarray:
-                return frame(arrays, camera, step)
+                def image(camera: str, step: int, arrays=arrays, start=start) -> np.ndarray:
+                    return frame(arrays, camera, start + step)
 
-            writer.add_episode(Episode(part.path.stem, instructions, arrays["actions"], states, image))
+                instructions = [part.facts["instruction"]] * (stop - start)
+                piece = arrays["actions"][start:stop], states[start:stop]
+                writer.add_episode(Episode(part.path.stem, instructions, *piece, image))
         features = writer.info["features"]
         features["action"]["names"] = [name for name, _ in conventions.action_dims]
         features["action"]["units"] = [unit for _, unit in conventions.action_dims]  # so that policies declare them
@@ -79,15 +80,20 @@ def write_lerobot(
 
 def write_meta(folder: Path, kept: list[Part], description: dict) -> None:
     """`demonstrations.json`: `description`, and `episodes`, the dataset's in order, each with task, number, seed and
-    steps; `initial_states.npz`: per episode of the dataset, by its index, the simulator's state `(S,)` float64 when
+    steps, and if there are any the task `asked` for in its stead, and `start`, after how many steps it goes on behind
+    a push; `initial_states.npz`: per episode of the dataset, by its index, the simulator's state `(S,)` float64 when
     recording began."""
     folder.mkdir(exist_ok=True)
-    episodes = [{name: part.facts[name] for name in ("task", "episode", "seed", "steps")} for part in kept]
+    episodes = []
+    for part in kept:
+        facts = {name: part.facts[name] for name in ("task", "episode", "seed", "asked") if name in part.facts}
+        for start, stop in part.pieces():
+            episodes.append({**facts, "steps": stop - start} | ({"start": start} if start else {}))
     dims = [{"name": name, "unit": unit} for name, unit in kept[0].conventions.action_dims]
     content = {**description, "action_dims": dims, "episodes": episodes}
     (folder / "demonstrations.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    states = {str(index): part.initial_state() for index, part in enumerate(kept)}
-    np.savez(folder / "initial_states.npz", **states)
+    states = [state for part in kept for state in part.initial_states()]
+    np.savez(folder / "initial_states.npz", **{str(index): state for index, state in enumerate(states)})
 
 
 def write_previews(folder: Path, kept: list[Part], suite: str, videos: int) -> None:
