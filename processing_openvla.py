@@ -150,6 +150,22 @@ class OpenVLAImageProcessor(BaseImageProcessor):
         pixel_values = np.stack([self._transform(to_pil(image), **options) for image in images])
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
+    def fit(self, image) -> np.ndarray:
+        """One image (see `to_pil`) as the towers get it, before it is normalised: `(S, S, 3)` uint8.
+
+        Fitted once more, or preprocessed, it stays as it is. Raises ValueError for towers that get different ones, and
+        for options that would crop or blur it once more.
+        """
+        options = (self.center_crop_area, self.jpeg_quality, self.lanczos3_size)
+        if len(set(zip(self.input_sizes, self.interpolations))) > 1 or any(option is not None for option in options):
+            raise ValueError(
+                f"Expected towers of one size and interpolation, got {self.input_sizes}, {self.interpolations}; and "
+                f"center_crop_area, jpeg_quality and lanczos3_size None, got {options}."
+            )
+        image = to_pil(image)
+        image = self._letterbox(image) if self.image_resize_strategy == "letterbox" else image
+        return np.asarray(self._resize(image, self.input_sizes[0], _INTERPOLATIONS[self.interpolations[0]]))
+
     def _transform(self, image: Image.Image, center_crop_area, jpeg_quality, lanczos3_size) -> np.ndarray:
         # 1. What happened to the pixels before the original's processor saw them
         if jpeg_quality is not None:

@@ -70,6 +70,10 @@ class FinetuneArguments:
     lora_vision: bool = field(default=True, metadata={"help": "adapters in the vision towers, too"})
     lora_head: bool = field(default=False, metadata={"help": "also train lm_head, whole: helps small policies"})
     augment: bool = field(default=True, metadata={"help": "random crops and colours; recorded in the checkpoint"})
+    cache_images: bool = field(
+        default=False,
+        metadata={"help": "decode and resize all pictures once, into a file in output_dir; with --augment false"},
+    )
     decay_steps: list[int] | None = field(
         default=None, metadata={"help": "steps at which the learning rate is divided by ten"}
     )
@@ -222,6 +226,8 @@ def check_options(args: FinetuneArguments, config) -> None:
             setattr(args, name, [value])
     if args.mode not in MODES:
         raise ValueError(f"Unknown mode {args.mode!r}; expected one of {MODES}.")
+    if args.cache_images and args.augment:
+        raise ValueError("--cache_images true keeps small pictures, which lose by being cropped: --augment false.")
     if args.validation_steps < 1:
         raise ValueError(f"Expected --validation_steps of 1 or more, got {args.validation_steps}.")
     instead = {
@@ -344,6 +350,7 @@ def main(argv: list[str]) -> None:
 
     from openvla.action_tokenizer import ActionStats
     from openvla.finetune.collator import ActionCollator
+    from openvla.finetune.pictures import SmallPictures
     from openvla.finetune.policy import open_policy
     from openvla.finetune.readers import open_reader
     from openvla.finetune.statistics import scan
@@ -394,6 +401,12 @@ def main(argv: list[str]) -> None:
     for source in sources:
         cameras = choose_cameras(source.reader, processor.num_cameras, args.cameras, declared)
         described[source.reader.name] = describe_dataset(source, cameras, args.action_names, args.action_units)
+        if args.cache_images:
+            fit, settings = processor.image_processor.fit, processor.image_processor.to_dict()
+            with PartialState().main_process_first():
+                source.reader = SmallPictures(
+                    source.reader, source.scan.lengths, cameras, fit, settings, Path(config.output_dir) / "pictures"
+                )
     model.config.norm_stats = described
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
