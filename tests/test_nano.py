@@ -57,11 +57,11 @@ def test_words_of_any_text(weights):
 
 
 def test_a_policy_that_is_saved_loaded_and_acts(weights, tmp_path):
-    model, processor = nano.make_policy(weights, nano.train_tokenizer(TEXTS), image_size=28, layers=1)
+    model, processor = nano.make_policy(weights, nano.train_tokenizer(TEXTS), image_size=28, blocks=3, layers=1)
     tokenizer = model.action_tokenizer
     assert (tokenizer.vocab_start, tokenizer.vocab_end) == (nano.NUM_WORDS, nano.NUM_WORDS + nano.NUM_BINS)
     tower = dict(model.model.vision_backbone.featurizer.named_parameters())
-    assert len(model.model.vision_backbone.featurizer.blocks) == nano.DEPTH - 1
+    assert len(model.model.vision_backbone.featurizer.blocks) == 3
     for name, weight in tower.items():
         expected = nano.resize_positions(weights[name], 2) if name == "pos_embed" else weights[name]
         np.testing.assert_array_equal(weight.detach().numpy(), expected)
@@ -87,7 +87,7 @@ def test_another_network_is_refused(tmp_path):
 
 def test_sizes_that_do_not_suit(weights, tmp_path):
     with pytest.raises(ValueError, match="--image-size 100: expected a multiple of 14"):
-        nano.make_policy(weights, nano.train_tokenizer(TEXTS), image_size=100, layers=1)
+        nano.make_policy(weights, nano.train_tokenizer(TEXTS), image_size=100, blocks=3, layers=1)
     (tmp_path / "there").mkdir()
     with pytest.raises(ValueError, match="exists already"):
         nano.main([str(tmp_path / "there")])
