@@ -90,6 +90,16 @@ class ActionTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # counted over all processes, whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
+    def compute_loss_context_manager(self):
+        """On a CPU with attention in float32: PyTorch's kernel takes 2.5 times as long to go back in bfloat16."""
+        context = super().compute_loss_context_manager()
+        if self.args.device.type != "cpu" or not self.args.bf16 or self.args.gradient_checkpointing:
+            return context
+        stack = contextlib.ExitStack()
+        stack.enter_context(context)
+        stack.enter_context(_Float32Attention())
+        return stack
+
     def create_scheduler(self, num_training_steps, optimizer=None):
         if not self.decay_steps:
             return super().create_scheduler(num_training_steps, optimizer)
@@ -232,6 +242,19 @@ class ActionTrainer(SFTTrainer):
             model = self.accelerator.unwrap_model(self.model)
             with _own_class(model):
                 save_atomically(model, self.processing_class, folder, state)
+
+
+class _Float32Attention(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not torch.nn.functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+
+        def widen(value):
+            return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        with torch.autocast("cpu", enabled=False):
+            wide = function(*map(widen, args), **{name: widen(value) for name, value in (kwargs or {}).items()})
+        return wide.to(args[0].dtype)
 
 
 class WeightAverage(TrainerCallback):

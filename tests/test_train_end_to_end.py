@@ -509,3 +509,25 @@ def test_each_process_draws_noise_of_its_own(policy, data, tmp_path):
     files = [tmp_path / "run" / "checkpoint-1" / f"rng_state_{rank}.pth" for rank in (0, 1)]
     first, second = (torch.load(file, weights_only=False)["cpu"] for file in files)
     assert not torch.equal(first, second)
+
+
+def test_attention_is_float32_under_autocast_on_a_cpu():
+    from openvla.finetune.trainer import _Float32Attention
+
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, 5, 8).bfloat16().requires_grad_() for _ in range(3))
+    mask = torch.randn(2, 1, 5, 5).bfloat16()
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = attend(query, key, value, attn_mask=mask)
+        with _Float32Attention():
+            found = attend(query, key, value, attn_mask=mask)
+            assert (query @ key.mT).dtype == torch.bfloat16  # all else is as it was
+    found.float().square().sum().backward()
+    wide = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
+    expected = attend(*wide, attn_mask=mask.float())
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
+    assert not torch.equal(rounded, found)
+    (2 * found.detach().float() * expected).sum().backward()
+    for tensor, exact in zip((query, key, value), wide):
+        torch.testing.assert_close(tensor.grad.float(), exact.grad, rtol=1e-2, atol=1e-3)
