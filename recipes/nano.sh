@@ -13,9 +13,10 @@ set -euo pipefail
 
 FOLDER=${1:-runs/nano}
 SUITE=${SUITE:-libero_spatial} TASKS=${TASKS:-all} DEMOS=${DEMOS:-30}
-STEPS=${STEPS:-4000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-19} WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
+STEPS=${STEPS:-3000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-19} WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 DEVICE=${DEVICE:-cpu}
 export MUJOCO_GL=${MUJOCO_GL:-egl}
+export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000  # keep what is freed: twice as fast on a CPU
 
 # 1. Demonstrations by the scripted expert, pushed off its way now and then; a third of them in answer to another
 #    instruction than the scene is made for
@@ -32,7 +33,7 @@ export MUJOCO_GL=${MUJOCO_GL:-egl}
   --cameras observation.images.agentview observation.images.wrist --proprio true --augment false --cache_images true \
   --bf16 true $([ "$DEVICE" = cpu ] && echo "--use_cpu true") --per_device_train_batch_size "$BATCH" \
   --max_steps "$STEPS" --learning_rate 3e-4 --lr_scheduler_type cosine --warmup_steps 100 --ema 0.998 \
-  --validation_share 0.02 --eval_steps 1000 --save_steps 500 --save_total_limit 1 --logging_steps 20
+  --gradient_checkpointing false --validation_share 0.02 --eval_steps 1000 --save_steps 500 --save_total_limit 1 --logging_steps 20
 
 # 4. In the simulator, with the official renderer, from the official initial states; and asked for something else
 for words in "" --ask-other; do

@@ -247,7 +247,8 @@ def format_summary(facts: list[dict]) -> str:
         tried = [each for each in facts if task in (None, each["task"])]
         kept = [each for each in tried if each["success"]]
         steps = f"{sum(each['steps'] for each in kept) / len(kept):.0f}" if kept else "-"
-        label, instruction = ("all", "") if task is None else (task, tried[0]["instruction"])
+        own = next((each["instruction"] for each in tried if "asked" not in each), "")
+        label, instruction = ("all", "") if task is None else (task, own)
         lines.append(
             f"{label:>4}  {f'{len(kept)}/{len(tried)}':>7}  {len(kept) / len(tried):>5.0%}  {steps:>5}  "
             f"{sum(each['no_ops'] for each in tried):>6}  {instruction}".rstrip()
