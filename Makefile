@@ -1,4 +1,5 @@
-# make demo    set up and act once, without any download
+# make demo    set up, and watch the policy of this repository do a task in LIBERO: a video and a picture (4 GB)
+# make demo EXTRAS=   the same without the simulator: actions for an example (1 GB)
 # make test    set up and run the tests on the newest transformers; test-v4: on 4.57.6; test-all: both
 # make check   lint and formatting
 # make bench   milliseconds per action, by stage and beside the floor: bench.json, bench.png
@@ -7,6 +8,7 @@
 # make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
 # make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
 PYTHON ?= python3
+EXTRAS ?= [sim]
 TORCH ?= torch==2.13.0
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
@@ -26,12 +28,14 @@ BIN_V4 = .venv-v4/bin
 	$(BIN_V4)/pip install -q -e ".[dev]" "transformers==4.57.6"
 	touch $@
 
-demo: .venv/ready
-	$(BIN)/python tests/fixtures/assemble.py runs/tiny-openvla
-	$(BIN)/openvla doctor runs/tiny-openvla
-	$(BIN)/openvla predict --model runs/tiny-openvla --image runs/tiny-openvla/example.png \
-		--instruction "pick up the black bowl between the plate and the ramekin and place it on the plate" \
-		--unnorm-key bridge_orig
+.venv-demo/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-demo
+	.venv-demo/bin/pip install -q $(TORCH)
+	.venv-demo/bin/pip install -q -e ".$(EXTRAS)" "transformers>=5"
+	touch $@
+
+demo: .venv-demo/ready
+	.venv-demo/bin/openvla try
 
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow and not gpu and not network"

@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "predict": ("openvla.serve.predict", "act once: image + instruction -> action"),
+    "try": ("openvla.evaluate.attempt", "watch a policy try a task in LIBERO: the first thing to do"),
     "finetune": ("openvla.finetune.sft", "train on demonstrations: LoRA, QLoRA, partial or full"),
     "stats": ("openvla.finetune.stats", "check a dataset and print its statistics"),
     "data inspect": ("openvla.finetune.inspection", "what is in a dataset and what will hurt, as an HTML report"),

@@ -13,7 +13,7 @@ set -euo pipefail
 
 FOLDER=${1:-runs/nano}
 SUITE=${SUITE:-libero_spatial} TASKS=${TASKS:-all} DEMOS=${DEMOS:-30}
-STEPS=${STEPS:-3000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-19} WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
+STEPS=${STEPS:-5000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-19} WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 DEVICE=${DEVICE:-cpu}
 export MUJOCO_GL=${MUJOCO_GL:-egl}
 export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000  # keep what is freed: twice as fast on a CPU

