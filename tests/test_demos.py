@@ -194,7 +194,7 @@ def test_pushed_off_its_way_the_expert_goes_on_in_episodes_of_their_own(env, tmp
                 env.step(action)
             if "start" in entry:
                 jumps.append(np.abs(episode.proprio[0][:3] - reader.read(index - 1).proprio[-1][:3]).max())
-    assert np.median(jumps) > 0.02  # metres
+    assert np.median(jumps) > 0.01 and max(jumps) > 0.04  # metres
     with pytest.raises(ValueError, match="its episodes end where the arm was pushed"):
         make.main(["--replay", str(out)])
 
