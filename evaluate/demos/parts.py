@@ -109,8 +109,8 @@ def play(env, settings: Settings, episode: int, seed: int) -> tuple[dict, dict[s
 
 
 def draw_push(rng: np.random.Generator, gripper: float) -> np.ndarray:
-    """`(2 to 6, 7)` actions of LIBERO: one way for a tenth to a third of a second, a few centimetres. One push in five opens
-    the fingers that `gripper` had closed, or closes them: what is carried falls."""
+    """`(2 to 6, 7)` actions of LIBERO: one way for a tenth to a third of a second, a few centimetres. One push in
+    five opens the fingers that `gripper` had closed, or closes them: what is carried falls."""
     action = np.zeros(7, np.float32)
     way = rng.normal(size=3)
     action[:3] = way / np.linalg.norm(way) * rng.uniform(0.2, 0.8)
