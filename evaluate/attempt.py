@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
         return
     from openvla.evaluate.envs import open_env
     from openvla.evaluate.rollout import Job, run_episodes
-    from openvla.evaluate.simulate import choose_other
+    from openvla.evaluate.simulate import choose_cameras, choose_other
     from openvla.serve.policy import OpenVLAPolicy
 
     env = open_env(args.suite, args.task)
@@ -56,10 +56,9 @@ def main(argv: list[str]) -> None:
     asked = choose_other(args.suite, args.task, args.episode) if args.ask_other else None
     video = args.out / "episode.mp4"
     job = Job(args.suite, args.task, args.episode, str(video), asked)
-    cameras = policy.metadata.get("cameras") or conventions.cameras[: policy.metadata["num_cameras"]]
-    known = cameras if set(cameras) <= set(conventions.cameras) else conventions.cameras[: len(cameras)]
+    cameras = choose_cameras(policy.metadata, conventions)
     print(f'{args.suite} task {args.task}, initial state {args.episode}: "{instruction}"')
-    outcome = run_episodes([job], policy, {"cameras": list(known)}, action_dim=len(conventions.action_dims))[job]
+    outcome = run_episodes([job], policy, {"cameras": cameras}, action_dim=len(conventions.action_dims))[job]
     if asked is not None:
         print(f'asked instead: "{outcome.instruction}"')
     picture = write_strip(video, args.out / "episode.png")

@@ -3,6 +3,9 @@
 They have what the rollouts ask of `OpenVLAPolicy`: `metadata`, `infer_batch`, and what they need to see.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 
 from openvla.action_tokenizer import ActionStats, ActionTokenizer
@@ -53,6 +56,9 @@ class ReplayPolicy:
 
     def __init__(self, conventions: Conventions, source: str):
         reader = _open(source)
+        told = Path(source, "meta", "demonstrations.json")
+        if told.exists() and json.loads(told.read_text())["settings"].get("push"):
+            raise ValueError(f"{source} was made with --push: its episodes begin and end on the way. Make it without.")
         self._episodes: dict[str, list[np.ndarray]] = {}
         for index in range(len(reader)):
             episode = reader.read(index)

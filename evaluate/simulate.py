@@ -121,9 +121,7 @@ def main(argv: list[str]) -> None:
     env.close()
     policy, metadata = _policy(args, conventions)
     conventions.check(metadata)
-    trained = metadata.get("cameras") or []
-    known = trained if set(trained) <= set(conventions.cameras) else []
-    cameras = args.cameras or known or list(conventions.cameras[: metadata["num_cameras"]])
+    cameras = args.cameras or choose_cameras(metadata, conventions)
     if len(cameras) != metadata["num_cameras"]:
         raise ValueError(f"The policy takes {metadata['num_cameras']} camera(s), got {cameras}.")
     env_options = {"cameras": cameras, "renderer": args.renderer}
@@ -235,6 +233,17 @@ def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], e
     parts += [f"baseline {args.baseline}"] if args.baseline else []
     parts += ["asked for another task of the suite that can be done there"] if args.ask_other else []
     return f"{args.suite} ({'; '.join(parts)})" if parts else args.suite
+
+
+def choose_cameras(metadata: dict, conventions) -> list[str]:
+    """The simulator's cameras in the order in which the policy wants them: by name, also as LeRobot names them, or, if
+    its training named others or none, the first ones."""
+    trained = [name.removeprefix("observation.images.") for name in metadata.get("cameras") or []]
+    if trained and set(trained) <= set(conventions.cameras):
+        return trained
+    if len(trained) > 1:
+        print(f"note: the policy was trained with cameras {trained}; it gets the first ones", file=sys.stderr)
+    return list(conventions.cameras[: metadata["num_cameras"]])
 
 
 def choose_other(suite: str, task: int, episode: int) -> int:

