@@ -5,6 +5,7 @@ openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/cu
 openvla finetune --model openvla/openvla-7b --data lab/pick_cup lab/pour --weights 1 0.5 --output_dir runs/both
 openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/oft --head l1 --chunk 8 \
     --cameras front wrist --proprio true --max_steps 50000 --decay_steps 25000
+openvla finetune --model openvla/openvla-7b --data my_robot my_robot_again --name my_robot --output_dir runs/more
 openvla finetune --model openvla/openvla-7b --data datasets --mixture bridge_rt_1 --mode full --output_dir runs/oxe
 openvla finetune --config recipe.yaml --learning_rate 1e-4
 openvla finetune --config recipe.yaml --resume true
@@ -15,6 +16,7 @@ held-out episodes so far; an adapter in LoRA modes), `merged` (after the last st
 ready to act), `metrics.jsonl`, `curves.png`, and `run.json` (what a resumed run must share).
 """
 
+import functools
 import json
 import math
 import os
@@ -34,7 +36,12 @@ class FinetuneArguments:
 
     model: str = field(metadata={"help": "folder or Hub id of the policy to start from"})
     data: list[str] = field(metadata={"help": "folders, HDF5 files, or Hub ids of LeRobot datasets"})
-    name: str | None = field(default=None, metadata={"help": "unnorm_key of the new policy; default: the dataset's"})
+    name: str | None = field(
+        default=None,
+        metadata={
+            "help": "unnorm_key of the new policy; default: the dataset's; of several datasets: joined, as one robot's"
+        },
+    )
     weights: list[float] | None = field(
         default=None, metadata={"help": "of several datasets, which contribute in proportion to weight x steps"}
     )
@@ -315,16 +322,20 @@ def check_resume(run: Path, facts: dict, resume: bool) -> str | None:
     return checkpoint
 
 
-def find_datasets(args: FinetuneArguments) -> list[tuple[str, str | None, float]]:
-    """(place, name or None, weight) of each dataset of a run."""
+def find_datasets(args: FinetuneArguments) -> list[tuple[list[str], str | None, float]]:
+    """(places, name or None, weight) of each dataset of a run; several places become one dataset of that name."""
     places = args.data
     if args.mixture is None:
         if args.name is not None and len(places) > 1:
-            raise ValueError(f"--name {args.name} cannot name {len(places)} datasets.")
+            if args.weights:
+                raise ValueError(
+                    f"--name {args.name} makes one dataset of all, of which --weights tells nothing apart."
+                )
+            return [(places, args.name, 1.0)]
         weights = args.weights or [1.0] * len(places)
         if len(weights) != len(places) or min(weights) <= 0:
             raise ValueError(f"Expected {len(places)} positive --weights, one per dataset, got {weights}.")
-        return [(place, args.name, weight) for place, weight in zip(places, weights)]
+        return [([place], args.name, weight) for place, weight in zip(places, weights)]
     from openvla.finetune.oxe import mixture_weights
 
     if len(places) != 1 or args.weights or args.name:
@@ -336,7 +347,7 @@ def find_datasets(args: FinetuneArguments) -> list[tuple[str, str | None, float]
             raise FileNotFoundError(
                 f"{args.mixture} needs {places[0]}/{name}/VERSION/features.json, which is missing."
             )
-        found.append((str(versions[-1].parent), name, weight))
+        found.append(([str(versions[-1].parent)], name, weight))
     return found
 
 
@@ -353,6 +364,7 @@ def main(argv: list[str]) -> None:
     from openvla.finetune.pictures import SmallPictures
     from openvla.finetune.policy import open_policy
     from openvla.finetune.readers import open_reader
+    from openvla.finetune.readers.joined import JoinedReader
     from openvla.finetune.statistics import scan
     from openvla.finetune.steps import MixedSteps, StepDataset, choose_cameras, run_order
     from openvla.finetune.trainer import ActionTrainer, WeightAverage, plot_curves, save_atomically
@@ -368,9 +380,10 @@ def main(argv: list[str]) -> None:
 
     # 1. Demonstrations
     sources = []
-    for place, name, weight in find_datasets(args):
+    for places, name, weight in find_datasets(args):
         with PartialState().main_process_first():  # the others find what it cached
-            reader = open_reader(place, name)
+            readers = [open_reader(place, name) for place in places]
+            reader = readers[0] if len(readers) == 1 else JoinedReader(name, readers)
             if hasattr(reader, "map_images") and not args.shuffle_episodes:
                 reader.map_images()
             found = scan(reader, args.skip_bad_episodes, args.mask and [bool(value) for value in args.mask])
@@ -403,10 +416,13 @@ def main(argv: list[str]) -> None:
         described[source.reader.name] = describe_dataset(source, cameras, args.action_names, args.action_units)
         if args.cache_images:
             fit, settings = processor.image_processor.fit, processor.image_processor.to_dict()
+            options = {"cameras": cameras, "fit": fit, "settings": settings}
+            keep = functools.partial(SmallPictures, **options, folder=Path(config.output_dir) / "pictures")
             with PartialState().main_process_first():
-                source.reader = SmallPictures(
-                    source.reader, source.scan.lengths, cameras, fit, settings, Path(config.output_dir) / "pictures"
-                )
+                if isinstance(source.reader, JoinedReader):
+                    source.reader = source.reader.replace_parts(keep, source.scan.lengths)
+                else:
+                    source.reader = keep(source.reader, source.scan.lengths)
     model.config.norm_stats = described
     if args.augment:
         processor.image_processor.center_crop_area = 0.9  # at test time; recorded in the checkpoint
