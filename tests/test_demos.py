@@ -24,7 +24,7 @@ from openvla.evaluate.baselines import through_tokens
 from openvla.evaluate.demos import hdf5, make, parts, replay
 from openvla.evaluate.demos.parts import Part, Recorder, Settings, expert_seed, is_no_op, open_parts, part_name, play
 from openvla.evaluate.demos.writing import STATE_NAMES
-from openvla.evaluate.envs import Conventions, list_tasks
+from openvla.evaluate.envs import Conventions, list_tasks, open_env
 from openvla.evaluate.envs.libero import from_simulator
 from openvla.evaluate.processes import run_in_processes
 from openvla.finetune.readers import open_reader
@@ -197,6 +197,35 @@ def test_pushed_off_its_way_the_expert_goes_on_in_episodes_of_their_own(env, tmp
     assert np.median(jumps) > 0.01 and max(jumps) > 0.04  # metres
     with pytest.raises(ValueError, match="its episodes end where the arm was pushed"):
         make.main(["--replay", str(out)])
+
+
+@needs_libero
+def test_where_a_policy_led_the_expert_goes_on(tmp_path):
+    policy, found = str(Path(__file__).parents[1]), {}
+    options = ["--lead", policy, "--push", "0.1", "--noise", "0", "--random", "2", "--cameras", "none"]
+    for out in (tmp_path / "led", tmp_path / "again"):
+        make.main(["libero_spatial", "--tasks", "3", *options, "--out", str(out)])
+        found[out.name] = json.loads((out / "meta" / "demonstrations.json").read_text())
+    assert found["led"] == found["again"] and len(found["led"]["settings"]["lead"]) == 16
+    first = [entry for entry in found["led"]["episodes"] if "start" not in entry]
+    later = [entry for entry in found["led"]["episodes"] if "start" in entry]
+    assert first and later
+    start, reader = open_env("libero_spatial", 3), open_reader(str(tmp_path / "led"))
+    for index, entry in enumerate(found["led"]["episodes"]):
+        start.reset(entry["episode"], randomize=True)
+        assert np.abs(start.proprio()[:3] - reader.read(index).proprio[0][:3]).max() > 0.002  # metres: not the start
+    start.close()
+
+
+@needs_libero
+def test_a_policy_that_needs_no_expert_shows_nothing(env, monkeypatch):
+    class Expert:
+        def infer(self, observation):
+            return {"actions": played["actions"]}
+
+    _, played = play(env, SETTINGS, 10, seed=0)
+    monkeypatch.setattr(parts, "LONGEST_LEAD", 10**6)
+    assert play(env, SETTINGS, 10, 0, Expert()) == ({"success": False, "steps": 0, "no_ops": 0, "alone": True}, {})
 
 
 @needs_libero
@@ -490,6 +519,15 @@ def test_initial_states_of_the_evaluation_are_noted(capsys):
     settings = make.read_settings(args)
     assert settings.episodes == [3, 4] and settings.randomize and capsys.readouterr().err == ""
     assert make.parser().parse_args(["libero_object"]).episodes == "10-49"
+
+
+@needs_libero
+def test_scenes_with_nothing_else_to_ask_for_are_noted(capsys):
+    options = ["--random", "1", "--other-share", "0.5"]
+    make.read_settings(make.parser().parse_args(["libero_10", *options]))
+    assert "can be done in the scenes of [" in capsys.readouterr().err
+    make.read_settings(make.parser().parse_args(["libero_spatial", *options]))
+    assert capsys.readouterr().err == ""
 
 
 @needs_libero

@@ -258,6 +258,23 @@ def test_an_object_that_was_moved_is_planned_for_again(libero):
     assert expert.stage.grasp.position[0] - grasp[0] > 0.03  # along the cheese it may choose another place
 
 
+@pytest.mark.parametrize("phase", ["lift", "carry"])
+def test_a_new_expert_takes_over_what_the_hand_holds(libero, phase):
+    env = libero("libero_goal", 6)
+    first = LiberoExpert(env)
+    assert not first.scene.grips("cream_cheese_1") and first.scene.height("cream_cheese_1") < 0.002
+    while first.stage is None or first.stage.phase != phase:
+        action = first.act()
+        env.step([*action[:6], 1 - 2 * action[6]])
+    assert first.scene.grips("cream_cheese_1") and not first.scene.grips("akita_black_bowl_1")
+    second = LiberoExpert(env)
+    assert second.act()[6] == 0 and second.stage.phase == phase
+    assert second.stage.carry == pytest.approx(first.stage.carry, abs=0.012)  # not another 10 cm up
+    np.testing.assert_allclose(second.stage.release, first.stage.release, atol=0.012)
+    grippers = play(env, second, 60)[:, 6]
+    assert np.flatnonzero(np.diff(grippers)).size == 1  # opened once: over the bowl
+
+
 def test_goals_become_skills_in_an_order_that_works(libero):
     def skills(suite, task):
         return [make() for make in LiberoExpert(libero(suite, task)).stages]

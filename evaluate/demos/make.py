@@ -4,6 +4,7 @@ openvla demos libero_object --cameras agentview wrist --workers 2
 openvla demos libero_spatial --tasks 0,3-5 --episodes 10-19 --noise 0.01 --renderer fast --out demos/spatial
 openvla demos libero_goal --random 50 --format both
 openvla demos libero_spatial --random 30 --noise 0 --push 0.03 --other-share 0.3
+openvla demos libero_spatial --random 20 --seed 1000 --noise 0 --push 0.02 --lead runs/my-policy/merged
 openvla demos metaworld --tasks 0-4
 openvla demos libero_object --tasks 0 --cameras none --out demos/actions_only
 openvla demos --replay demos/libero_object --tokenize
@@ -31,6 +32,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from dataclasses import replace as changed
 from pathlib import Path
 
 from openvla.cli import command_parser, parse_numbers
@@ -59,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="P",
         help="push the arm off its way with this probability per step, unrecorded: every way back is an episode of "
         "its own, from where policies err to; with --noise 0 its actions are exact; LIBERO only",
+    )
+    arguments.add_argument(
+        "--lead",
+        metavar="POLICY",
+        help="a policy acts for 1 to 120 steps at the start and, with --push's probability, in place of a push; not "
+        "recorded: the expert shows what to do from where the policy got to; LIBERO only",
     )
     arguments.add_argument(
         "--other-share",
@@ -112,6 +120,8 @@ def make(args: argparse.Namespace) -> None:
 
     # 1. What is asked: checked before anything long begins
     settings = read_settings(args)
+    policy, cameras = open_lead(args, settings) if args.lead else (None, None)
+    settings = changed(settings, lead=policy.fingerprint() if policy else None)
     out = Path(args.out or Path("demos", args.suite)).expanduser().absolute()
     check_out(out, args)
     folder = out.with_name(f".{out.name}.parts")
@@ -122,11 +132,17 @@ def make(args: argparse.Namespace) -> None:
     missing = [job for job in jobs if not (folder / part_name(*job)).exists()]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} episodes are in {folder} already", file=sys.stderr)
-    record = Recorder(settings, folder)
+    record = Recorder(settings, folder, cameras)
     with _progress(len(jobs), len(jobs) - len(missing)) as note:
         try:
             run_in_processes(
-                record, missing, args.workers, note, name=lambda job: f"{args.suite} task {job[0]} episode {job[1]}"
+                record,
+                missing,
+                args.workers,
+                note,
+                # one by one: in a batch they might be rounded otherwise
+                policy and (lambda observations: list(map(policy.infer, observations))),
+                lambda job: f"{args.suite} task {job[0]} episode {job[1]}",
             )
         except (KeyboardInterrupt, RuntimeError):
             print(f"finished episodes are in {folder}; the same command goes on from there", file=sys.stderr)
@@ -154,10 +170,17 @@ def read_settings(args: argparse.Namespace):
         raise ValueError(f"--extra-steps and --noise must not be negative, got {args.extra_steps} and {args.noise}.")
     if not 0 <= args.push < 1 or not 0 <= args.other_share <= 1:
         raise ValueError(f"Expected --push and --other-share from 0 to 1, got {args.push} and {args.other_share}.")
-    if (args.push or args.other_share) and (args.format != "lerobot" or not args.suite.startswith("libero")):
-        raise ValueError("--push and --other-share are for LIBERO's suites, and for --format lerobot.")
+    apart = args.push or args.lead or args.other_share
+    if apart and (args.format != "lerobot" or not args.suite.startswith("libero")):
+        raise ValueError("--push, --lead and --other-share are for LIBERO's suites, and for --format lerobot.")
     if args.format != "lerobot" and not args.suite.startswith("libero"):
         raise ValueError(f"--format {args.format} is LIBERO's layout, which {args.suite} does not fit: use lerobot.")
+    tasks = parse_numbers(args.tasks, len(list_tasks(args.suite)), "tasks")
+    if args.other_share:
+        from openvla.evaluate.envs.libero import others
+
+        if alone := [task for task in tasks if not others(args.suite, task)]:
+            print(f"note: no other task of {args.suite} can be done in the scenes of {alone}", file=sys.stderr)
     if args.random is not None:
         if args.random < 1 or args.seed < 0:
             raise ValueError(
@@ -175,7 +198,7 @@ def read_settings(args: argparse.Namespace):
             )
     return Settings(
         suite=args.suite,
-        tasks=parse_numbers(args.tasks, len(list_tasks(args.suite)), "tasks"),
+        tasks=tasks,
         episodes=episodes,
         randomize=args.random is not None,
         seed=args.seed,
@@ -187,6 +210,19 @@ def read_settings(args: argparse.Namespace):
         other_share=args.other_share,
         push=args.push,
     )
+
+
+def open_lead(args: argparse.Namespace, settings):
+    """The policy that leads, and the simulator's cameras in its order."""
+    from openvla.evaluate.simulate import choose_cameras
+    from openvla.serve.policy import OpenVLAPolicy
+
+    policy = OpenVLAPolicy.from_pretrained(args.lead, prefer=(args.suite, f"{args.suite}_no_noops"), seed=args.seed)
+    env = open_env(args.suite, settings.tasks[0])
+    conventions = env.conventions
+    env.close()
+    conventions.check(policy.metadata)
+    return policy, choose_cameras(policy.metadata, conventions)
 
 
 def check_out(out: Path, args: argparse.Namespace) -> None:
@@ -234,7 +270,9 @@ def describe(settings: dict, versions: dict, facts: list[dict]) -> dict:
         kept = sum(each["success"] for each in tried)
         tasks.append({"task": task, "instruction": instructions[task], "tried": len(tried), "succeeded": kept})
     failed = [
-        {name: each[name] for name in ("task", "episode", "seed", "steps")} for each in facts if not each["success"]
+        {name: each[name] for name in ("task", "episode", "seed", "steps")}
+        for each in facts
+        if not each["success"] and "alone" not in each
     ]
     return {"settings": settings, "versions": versions, "tasks": tasks, "failed": failed}
 
@@ -253,6 +291,8 @@ def format_summary(facts: list[dict]) -> str:
             f"{label:>4}  {f'{len(kept)}/{len(tried)}':>7}  {len(kept) / len(tried):>5.0%}  {steps:>5}  "
             f"{sum(each['no_ops'] for each in tried):>6}  {instruction}".rstrip()
         )
+    if alone := sum(each.get("alone", False) for each in facts):
+        lines.append(f"\n{alone} were done by the policy before the expert's turn: nothing to record")
     kinds = sorted({kind for each in facts for kind in each["cpu_seconds"]})
     seconds = {kind: sum(each["cpu_seconds"].get(kind, 0.0) for each in facts) for kind in kinds}
     total = sum(seconds.values())

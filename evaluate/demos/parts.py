@@ -10,16 +10,20 @@ import io
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 from openvla.evaluate.envs import Conventions, open_env
 from openvla.evaluate.report import tell_differences, write_json
+from openvla.serve.action_queue import ActionQueue
 
 NO_OP = 1e-4  # length of an action's motion, in [-1, 1], up to which it is none
+LONGEST_LEAD = 120  # steps of a policy before the expert takes over
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Settings:
         extra_steps: steps to go on after success; the task must be done at the end still.
         other_share: of the episodes, those in which the scene is asked for another task of the suite.
         push: probability per step that the arm is pushed off its way, which is not recorded.
+        lead: fingerprint of a policy that acts at the start and in place of pushes.
     """
 
     suite: str
@@ -49,6 +54,7 @@ class Settings:
     extra_steps: int
     other_share: float = 0.0
     push: float = 0.0
+    lead: str | None = None
 
 
 # --- Playing ---------------------------------------------------------------------------------------------------------
@@ -64,27 +70,38 @@ def expert_seed(seed: int, task: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, task, episode]).generate_state(1)[0])
 
 
-def play(env, settings: Settings, episode: int, seed: int) -> tuple[dict, dict[str, np.ndarray]]:
+def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple[dict, dict[str, np.ndarray]]:
     """Plays one episode. What is stored of a step is what was there before its action, and the action carried out.
 
-    Returns facts (`success`, `steps`, `no_ops`), and arrays: `actions` `(N, A)` float32, `proprio` `(N, P)`, `states`
+    Args:
+        policy: with `infer`, which leads where `settings` want it to; see `lead`.
+
+    Returns facts (`success`, `steps`, `no_ops`, and `alone` if the policy did the task before the expert's turn, which
+    shows nothing and counts as no success), and arrays: `actions` `(N, A)` float32, `proprio` `(N, P)`, `states`
     `(N, S)`, LIBERO's `joints` `(N, 7)`, the cameras' frames as PNG files, end to end, and `starts`: the first steps
-    of its pieces, a new one after every push.
+    of its pieces, a new one after every push or lead.
     """
     cameras = env.conventions.cameras[:1] if settings.cameras is None else settings.cameras
     if unknown := [camera for camera in cameras if camera not in env.conventions.cameras]:
         raise ValueError(f"{settings.suite} has no cameras {unknown}; it has {list(env.conventions.cameras)}.")
     env.reset(episode, randomize=settings.randomize)
+    pushes, starts = np.random.default_rng([seed, 1]), {0}
+    if policy is not None and lead(env, policy, pushes):
+        return {"success": False, "steps": 0, "no_ops": 0, "alone": True}, {}
     expert = env.expert(seed=seed, noise=settings.noise)
     rows = {"actions": [], "proprio": [], "states": []} | ({"joints": []} if hasattr(env, "joints") else {})
     frames = {camera: [] for camera in cameras}
     limit, no_ops, reached, done = env.max_steps, 0, False, False
-    pushes, starts = np.random.default_rng([seed, 1]), {0}
     while len(rows["actions"]) < limit and no_ops < env.max_steps:
         if settings.push and pushes.random() < settings.push and not reached:
-            for action in draw_push(pushes, rows["actions"][-1][-1] if rows["actions"] else 1.0):
-                env.step(action)
             starts.add(len(rows["actions"]))
+            if policy is None:
+                for action in draw_push(pushes, rows["actions"][-1][-1] if rows["actions"] else 1.0):
+                    env.step(action)
+            elif done := lead(env, policy, pushes):
+                break
+            else:
+                expert = env.expert(seed=seed, noise=settings.noise)
         with env.stopwatch.measure("expert"):
             action = np.asarray(expert.act(), dtype=np.float32)
         if not settings.keep_no_ops and is_no_op(action, rows["actions"][-1] if rows["actions"] else None):
@@ -119,32 +136,48 @@ def draw_push(rng: np.random.Generator, gripper: float) -> np.ndarray:
     return np.repeat(action[None], rng.integers(2, 7), axis=0)
 
 
+def lead(env, policy, rng: np.random.Generator) -> bool:
+    """The policy acts for a while, chunk by chunk, and gets to where policies get to, as in DAgger (Ross et al. 2011,
+    arXiv:1011.0686). Returns whether that did the task."""
+    queue = ActionQueue(policy)
+    for _ in range(rng.integers(LONGEST_LEAD) + 1):
+        observation = None
+        if queue.needs_observation:
+            observation = env.observe()
+            observation["images"] = list(observation["images"].values())
+        if env.step(queue.act(observation)):
+            return True
+    return False
+
+
 class Recorder:
     """Plays episodes and writes their parts; the simulator stays open while the task is the same.
 
     Args:
         folder: of the parts.
+        cameras: of the policy that leads, if one does, in its order.
     """
 
-    def __init__(self, settings: Settings, folder: Path):
+    def __init__(self, settings: Settings, folder: Path, cameras: list[str] | None = None):
         self.settings, self.folder = settings, folder
+        self.options = {"renderer": settings.renderer} | ({"cameras": cameras} if cameras else {})
         self._env, self._task = None, None
 
-    def __call__(self, job: tuple[int, int]) -> dict:
-        """`job`: task and episode. Returns the part's facts."""
+    def __call__(self, job: tuple[int, int], ask: Callable[[dict], dict] | None = None) -> dict:
+        """`job`: task and episode; `ask`: the policy that leads, with an observation. Returns the part's facts."""
         task, episode = job
         settings, start = self.settings, time.process_time()
         if self._task != task:
             if self._env is not None:
                 self._env.close()
-            self._env, self._task = open_env(settings.suite, task, renderer=settings.renderer), task
+            self._env, self._task = open_env(settings.suite, task, **self.options), task
         env, opened = self._env, time.process_time()
         env.stopwatch.seconds.clear()
         seed = expert_seed(settings.seed, task, episode)
         asked = self._choose_other(task, np.random.default_rng([seed, 2]))
         if settings.other_share:
             env.ask(asked)
-        played, arrays = play(env, settings, episode, seed)
+        played, arrays = play(env, settings, episode, seed, ask and SimpleNamespace(infer=ask))
         facts = {"task": task, "episode": episode, "seed": seed, "instruction": env.instruction, **played}
         facts |= {} if asked is None else {"asked": asked}
         facts |= {"conventions": asdict(env.conventions)}

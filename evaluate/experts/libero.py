@@ -37,7 +37,8 @@ class LiberoExpert:
         """`(7,)` float32: x y z in [-1, 1] (1 = 5 cm), roll pitch yaw in [-1, 1] (1 = 0.5 rad), gripper 1 = open.
 
         May be asked at a state that other actions brought about; it then does what it can: an object that is not
-        where the phase expects it, or slipped, is planned for again.
+        where the phase expects it, or slipped, is planned for again. After many actions of others, a new expert is
+        better: it starts from what there is, with the object in the hand if it is there.
         """
         while self.stage is None or self.stage.finished:
             if not self.stages:

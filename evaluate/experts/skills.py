@@ -3,7 +3,7 @@
 Each skill says from the state of the simulation what the hand should do next, as a `Command`, until it is `finished`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -18,6 +18,7 @@ from openvla.evaluate.experts.geometry import (
     plan_grasp,
     rotated,
     rotation_between,
+    subtree,
     tallest_on_the_way,
     way_out,
 )
@@ -74,13 +75,32 @@ class Scene:
         """How high the arm still moves freely with what it carries: about 15 cm above where it starts."""
         return self.data.body("robot0_base").xpos[2] + 0.41
 
+    def grips(self, name: str) -> bool:
+        """Whether both fingers touch the object."""
+        model, data = self.model, self.data
+        members, touching = subtree(model, f"{name}_main"), set()
+        fingers = {side: subtree(model, f"gripper0_{side}finger") for side in ("left", "right")}
+        for contact in data.contact[: data.ncon]:
+            bodies = {int(model.geom_bodyid[geom]) for geom in contact.geom}
+            if bodies & members:
+                touching |= {side for side, finger in fingers.items() if bodies & finger}
+        return len(touching) == 2
+
+    def height(self, name: str) -> float:
+        """How far an object's lowest point is above what is below its origin."""
+        bottom, body = self.points(name)[:, 2].min(), self.model.body(f"{name}_main").id
+        start = np.array([*self.position(name)[:2], bottom + 0.005])
+        fall = mujoco.mj_ray(self.model, self.data, start, DOWN, None, 1, body, np.zeros(1, np.int32))
+        return max(0.0, fall - 0.005)
+
     def holds(self, predicate: list[str]) -> bool:
         """Whether a goal's predicate is true now."""
         return bool(self.task._eval_predicate(predicate))
 
 
 class PickPlace:
-    """Takes an object from above and puts it on an object, or on or into a region.
+    """Takes an object from above and puts it on an object, or on or into a region; one that the hand holds already,
+    however it came to, stays held.
 
     share: of the half-size of a region by which to stay off its middle, where others have to go as well; in [-1, 1].
     """
@@ -89,11 +109,11 @@ class PickPlace:
         self.scene, self.name, self.relation, self.destination = scene, name, relation, destination
         self.share = share
         self.finished = False
-        self.plan()
+        self.plan(held=scene.grips(name))
 
-    def plan(self) -> None:
+    def plan(self, held: bool = False) -> None:
         scene = self.scene
-        hand, _ = scene.hand()
+        hand, orientation = scene.hand()
         points, obstacles = scene.points(self.name), scene.obstacles(self.name)
         self.planned = scene.position(self.name)
         bottom = points[:, 2].min()
@@ -101,6 +121,8 @@ class PickPlace:
         shift = np.array([*(target - self.planned[:2]), surface - bottom])
         self.grasp = plan_grasp(points, obstacles, hand, scene.hand_angle(), shift, self.inwards)
         self.orientation = scene.orientation(self.grasp.pointing, self.grasp.closing)
+        if held:
+            self.grasp, self.orientation = replace(self.grasp, position=hand), orientation
         self.aside = self.grasp.position + way_out(points, obstacles) + [0, 0, 0.015]
         self.release = self.grasp.position + shift
         held_below = self.grasp.position[2] - bottom
@@ -109,12 +131,14 @@ class PickPlace:
         if self.inwards is not None:  # up to the door at the height of the release, then level
             self.before_release = self.release - REACH_IN * self.inwards
             in_the_way = -np.inf
-        lowest = self.grasp.position[2] + 0.10
+        lowest = self.grasp.position[2] + 0.10 - (min(0.10, scene.height(self.name)) if held else 0.0)
         self.carry = max(lowest, min(scene.ceiling(), in_the_way + held_below + CLEARANCE))
         rise = np.clip(self.carry - self.grasp.position[2], 0.11, 0.16)
         self.over = self.grasp.position - rise * self.grasp.pointing
         self.travel = min(scene.ceiling(), tallest_on_the_way(obstacles, hand[:2], self.grasp.position[:2]) + 0.05)
         self.start("over")
+        if held:
+            self.take_up(hand)
 
     def target(self, points, obstacles) -> tuple[np.ndarray, float]:
         """Where the object's origin should be, `(2,)`, and its bottom's height on release."""
@@ -187,9 +211,12 @@ class PickPlace:
 
     def _grip(self, hand, orientation) -> Command:
         if self.steps >= 10:
-            self.held = self.scene.position(self.name) - hand
-            self.start("aside" if np.linalg.norm((self.aside - self.grasp.position)[:2]) > 0.001 else "lift")
+            self.take_up(hand)
         return Command(self.grasp.position, self.orientation, False)
+
+    def take_up(self, hand: np.ndarray) -> None:
+        self.held = self.scene.position(self.name) - hand
+        self.start("aside" if np.linalg.norm((self.aside - self.grasp.position)[:2]) > 0.001 else "lift")
 
     def _aside(self, hand, orientation) -> Command:
         if np.linalg.norm((hand - self.aside)[:2]) < 0.015 or self.steps > 30:
