@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The small policy, from nothing: demonstrations in LIBERO, training, evaluation, export. A stopped run goes on.
 #
-#   recipes/nano.sh                                        # two CPU cores: all of libero_spatial, three hours
+#   recipes/nano.sh                                        # two CPU cores: all of libero_spatial, four hours
 #   TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial   # two minutes: does everything run?
 #   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh       # one GPU
 #
-# FOLDER [runs/nano] gets demos/, base/, run/, evaluation/ and policy/. Settings come as environment variables:
-# SUITE, TASKS, DEMOS per task, STEPS, BATCH, EVAL (the official initial states to evaluate on), WORKERS, DEVICE.
-# Demonstrations start from random placements, never from the official initial states, all of which are new to the
-# policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or osmesa without a screen.
+# FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, evaluation/ and policy/. Settings come as environment
+# variables: SUITE, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, EVAL (the official initial states
+# to evaluate on), WORKERS, DEVICE. Demonstrations start from random placements, never from the official initial states,
+# all of which are new to the policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or osmesa without a
+# screen.
 set -euo pipefail
 
 FOLDER=${1:-runs/nano}
@@ -18,22 +19,30 @@ DEVICE=${DEVICE:-cpu}
 export MUJOCO_GL=${MUJOCO_GL:-egl}
 export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000  # keep what is freed: twice as fast on a CPU
 
-# 1. Demonstrations by the scripted expert, pushed off its way now and then; a third of them in answer to another
-#    instruction than the scene is made for
-[ -d "$FOLDER/demos/$SUITE" ] || openvla demos "$SUITE" --tasks "$TASKS" --random "$DEMOS" --noise 0 --push 0.04 \
-  --other-share 0.35 --cameras agentview wrist --renderer fast --codec h264 --workers "$WORKERS" \
-  --out "$FOLDER/demos/$SUITE"
+demonstrate() {  # OUT OPTIONS…: a third in answer to another instruction than the scene is made for
+  [ -d "$1" ] || openvla demos "$SUITE" --tasks "$TASKS" --noise 0 --other-share 0.35 --cameras agentview wrist \
+    --renderer fast --codec h264 --workers "$WORKERS" --out "$@"
+}
 
-# 2. The first eight blocks of DINOv2-small, and a language model of random weights
+train() {  # MODEL RUN LEARNING_RATE DATA…: chunks of eight actions, from two cameras and the state of the arm
+  [ -d "$2/merged" ] || openvla finetune --model "$1" --output_dir "$2" --resume true --learning_rate "$3" \
+    --data "${@:4}" --name "$SUITE" --mode full --head l1 --chunk 8 --pad_chunks true \
+    --cameras observation.images.agentview observation.images.wrist --proprio true --augment false --cache_images true \
+    --bf16 true $([ "$DEVICE" = cpu ] && echo "--use_cpu true") --per_device_train_batch_size "$BATCH" \
+    --gradient_checkpointing false --max_steps "$STEPS" --lr_scheduler_type cosine --warmup_steps 100 --ema 0.998 \
+    --validation_share 0.02 --eval_steps 1000 --save_steps 500 --save_total_limit 1 --logging_steps 20
+}
+
+# 1. Demonstrations by the scripted expert, pushed off its way now and then
+demonstrate "$FOLDER/demos/$SUITE" --random "$DEMOS" --push 0.04
+
+# 2. The first eight blocks of DINOv2-small, and a language model of random weights: all of it learns
 [ -d "$FOLDER/base" ] || python -m openvla.finetune.nano "$FOLDER/base"
+train "$FOLDER/base" "$FOLDER/first" 3e-4 "$FOLDER/demos/$SUITE"
 
-# 3. All of it learns chunks of eight actions, from two cameras and the state of the arm
-[ -d "$FOLDER/run/merged" ] || openvla finetune --model "$FOLDER/base" --data "$FOLDER/demos/$SUITE" \
-  --output_dir "$FOLDER/run" --resume true --mode full --head l1 --chunk 8 --pad_chunks true \
-  --cameras observation.images.agentview observation.images.wrist --proprio true --augment false --cache_images true \
-  --bf16 true $([ "$DEVICE" = cpu ] && echo "--use_cpu true") --per_device_train_batch_size "$BATCH" \
-  --max_steps "$STEPS" --learning_rate 3e-4 --lr_scheduler_type cosine --warmup_steps 100 --ema 0.998 \
-  --gradient_checkpointing false --validation_share 0.02 --eval_steps 1000 --save_steps 500 --save_total_limit 1 --logging_steps 20
+# 3. Where that policy gets to, the expert shows how to go on; the policy learns from both
+demonstrate "$FOLDER/led/$SUITE" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged"
+train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "$FOLDER/demos/$SUITE" "$FOLDER/led/$SUITE"
 
 # 4. In the simulator, with the official renderer, from the official initial states; and asked for something else
 for words in "" --ask-other; do
