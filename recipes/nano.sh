@@ -2,7 +2,7 @@
 # The small policy, from nothing: demonstrations in LIBERO, training, evaluation, export. A stopped run goes on.
 #
 #   recipes/nano.sh                                        # two CPU cores: all of libero_spatial, four hours
-#   TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial   # two minutes: does everything run?
+#   TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial   # four minutes: does everything run?
 #   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh       # one GPU
 #
 # FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, evaluation/ and policy/. Settings come as environment
