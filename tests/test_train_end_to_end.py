@@ -241,8 +241,8 @@ def test_a_named_mixture_finds_its_datasets(tmp_path):
         (tmp_path / name / "features.json").write_text("{}")
     arguments = sft.FinetuneArguments(model="", data=[str(tmp_path)], mixture="bridge_rt_1")
     assert sft.find_datasets(arguments) == [
-        (str(tmp_path / "bridge_orig/1.0.0"), "bridge_orig", 1.0),
-        (str(tmp_path / "fractal20220817_data/0.1.0"), "fractal20220817_data", 1.0),
+        ([str(tmp_path / "bridge_orig/1.0.0")], "bridge_orig", 1.0),
+        ([str(tmp_path / "fractal20220817_data/0.1.0")], "fractal20220817_data", 1.0),
     ]
     arguments.mixture = "rtx"
     with pytest.raises(FileNotFoundError, match="rtx needs .*kuka/VERSION"):
