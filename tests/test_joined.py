@@ -91,6 +91,8 @@ def test_pictures_that_are_kept_for_one_serve_the_whole(parts, tmp_path):
 def test_what_is_not_alike_is_refused(parts, tmp_path):
     with pytest.raises(ValueError, match=r"fps is 10\.0 in .*a and 20\.0"):
         JoinedReader("robot", [parts[0], Recorded(tmp_path, "c", [1], fps=20.0)])
+    with pytest.raises(ValueError, match="named twice .*a.*held-out episodes would be trained on"):
+        JoinedReader("robot", [parts[0], parts[1], Recorded(tmp_path, "a", [2, 3])])
     with pytest.raises(ValueError, match="no camera is in all"):
         JoinedReader("robot", [parts[0], Recorded(tmp_path, "c", [1], cameras=["left"])])
 

@@ -11,6 +11,8 @@ class JoinedReader:
     Args:
         name: of the whole, its `unnorm_key`.
         parts: readers with the same rate and names of actions; cameras that not all have are left out.
+
+    Raises ValueError for parts that are not alike, share no camera, or are the same.
     """
 
     def __init__(self, name: str, parts: list[Reader]):
@@ -28,6 +30,12 @@ class JoinedReader:
         self.cameras = [camera for camera in first.cameras if all(camera in part.cameras for part in others)]
         if not self.cameras:
             raise ValueError(f"{name}: no camera is in all its datasets: {[part.cameras for part in parts]}.")
+        files = self.files()
+        if repeated := sorted({file for file in files if files.count(file) > 1}):
+            raise ValueError(
+                f"{name}: a dataset is named twice ({repeated[0]}): its held-out episodes would be trained on. "
+                "Name each once."
+            )
         self._first = np.cumsum([0, *map(len, parts)])
 
     def __len__(self) -> int:
