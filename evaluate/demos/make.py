@@ -31,8 +31,7 @@ import contextlib
 import shutil
 import sys
 import time
-from dataclasses import asdict
-from dataclasses import replace as changed
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from openvla.cli import command_parser, parse_numbers
@@ -121,7 +120,7 @@ def make(args: argparse.Namespace) -> None:
     # 1. What is asked: checked before anything long begins
     settings = read_settings(args)
     policy, cameras = open_lead(args, settings) if args.lead else (None, None)
-    settings = changed(settings, lead=policy.fingerprint() if policy else None)
+    settings = replace(settings, lead=policy.fingerprint() if policy else None)
     out = Path(args.out or Path("demos", args.suite)).expanduser().absolute()
     check_out(out, args)
     folder = out.with_name(f".{out.name}.parts")
