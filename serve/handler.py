@@ -202,7 +202,7 @@ class EndpointHandler:
             )
 
 
-def decode_image(image: str | Image.Image) -> Image.Image:
+def decode_image(image: str | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The picture of a base64 string, upright as its EXIF data says, or of what the service has decoded already.
 
     Size and format are checked before any pixel is decoded. ValueError for everything else.
@@ -218,18 +218,28 @@ def decode_image(image: str | Image.Image) -> Image.Image:
                 f"Expected an image as base64 without line breaks, got {_brief(image)} ({error}). URLs and paths are "
                 "not read: send the content of the file."
             ) from None
-        try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header alone
-        except Image.DecompressionBombError as error:  # PIL's own limit, ten times ours
-            raise ValueError(f"An image may have {MAX_PIXELS} pixels, got far more: {error}") from None
-        except DAMAGED:
-            raise ValueError(
-                f"Expected a PNG, JPEG or WebP file, got {len(content)} bytes that are none: {content[:16]!r}."
-            ) from None
+        return decode_file(content, max_pixels)
     if not isinstance(image, Image.Image):
         raise ValueError(f"Expected an image as base64 of a PNG, JPEG or WebP file, got {_brief(image)}.")
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"An image may have {MAX_PIXELS} pixels, got {image.width}x{image.height}: scale it down.")
+    return _upright(image, max_pixels)
+
+
+def decode_file(content: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture of a PNG, JPEG or WebP file; see `decode_image`."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)  # reads the header alone
+    except Image.DecompressionBombError as error:  # PIL's own limit, ten times ours
+        raise ValueError(f"An image may have {max_pixels} pixels, got far more: {error}") from None
+    except DAMAGED:
+        raise ValueError(
+            f"Expected a PNG, JPEG or WebP file, got {len(content)} bytes that are none: {content[:16]!r}."
+        ) from None
+    return _upright(image, max_pixels)
+
+
+def _upright(image: Image.Image, max_pixels: int) -> Image.Image:
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"An image may have {max_pixels} pixels, got {image.width}x{image.height}: scale it down.")
     try:
         image.load()
         return ImageOps.exif_transpose(image)
