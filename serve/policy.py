@@ -8,10 +8,14 @@ Evaluation in simulators and every server go through it; of chunks, `ActionQueue
 Legend: T action chunk · A action dims · P proprioception dims · B observations.
 """
 
+import copy
 import hashlib
 import time
+from pathlib import Path
 
 import numpy as np
+
+from openvla.serve.safety import STATISTICS, Limits, limits_of_statistics, read_limits
 
 KEYS = {"images", "instruction", "proprio", "seed", "draft"}
 IMAGE_OPTIONS = ("center_crop_area", "jpeg_quality", "lanczos3_size")
@@ -31,6 +35,8 @@ class OpenVLAPolicy:
             observation and seed give the same action, whoever else is in the batch. None: other noise each time.
         checkpoint: where it came from, for `metadata`.
         drafts: whether observations may hold a `draft`; False: it is not looked at.
+        clamp: actions beyond the range of the statistics become the nearest within.
+        limits: a robot's file of limits; see `safety`.
     """
 
     def __init__(
@@ -44,8 +50,10 @@ class OpenVLAPolicy:
         seed: int | None = None,
         checkpoint: str | None = None,
         drafts: bool = True,
+        clamp: bool = False,
+        limits: str | Path | None = None,
     ):
-        from openvla.action_tokenizer import ActionStats, resolve_unnorm_key
+        from openvla.action_tokenizer import ActionStats, name_action_dims, resolve_unnorm_key
 
         self.model, self.processor = model, processor
         self.unnorm_key = resolve_unnorm_key(model.norm_stats, unnorm_key)
@@ -53,6 +61,13 @@ class OpenVLAPolicy:
         self.image_options, self.strict, self.checkpoint = dict(image_options or {}), strict, checkpoint
         self.seed, self.drafts = seed, drafts
         self.num_denoising_steps = model.config.choose_denoising_steps(num_denoising_steps)
+        self.limits: list[Limits] = []
+        names = [name for name, _ in name_action_dims(model.norm_stats, self.unnorm_key)]
+        if clamp:
+            bounds = model.norm_stats[self.unnorm_key]["action"]
+            self.limits.append(limits_of_statistics(self.stats, bounds, names))
+        if limits is not None:
+            self.limits.append(read_limits(limits, names))
 
     @classmethod
     def from_pretrained(
@@ -67,6 +82,7 @@ class OpenVLAPolicy:
         num_cameras: int | None = None,
         quantize: str | None = None,
         compile_mode: str | None = None,
+        any_key: bool = False,
         **options,
     ) -> "OpenVLAPolicy":
         """Loads a Hub id or a folder.
@@ -78,6 +94,8 @@ class OpenVLAPolicy:
             action_chunk, num_cameras: of folders that OpenVLA-OFT's training left, whose files do not tell.
             quantize: "int8" or another of `openvla.quantization.METHODS`: less memory, but lossy.
             compile_mode: of `model.compile_for_actions`, such as "reduce-overhead": takes a while, then acts sooner.
+            any_key: if there are several keys and none is named, take the first, to ask for others by
+                `with_statistics`.
             options: of the class.
         """
         import torch
@@ -87,11 +105,37 @@ class OpenVLAPolicy:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         told = {"revision": revision, "action_chunk": action_chunk, "num_cameras": num_cameras}
         model, processor = load_onto(device, checkpoint, quantize, dtype=dtype, **told)
+        prefer += tuple(model.norm_stats or ()) if any_key else ()
         known = [key for key in prefer if key in (model.norm_stats or {})]
         unnorm_key = unnorm_key or (known[0] if known else None)
         policy = cls(model, processor, unnorm_key, checkpoint=checkpoint, **options)
         model.compile_for_actions(compile_mode)
         return policy
+
+    def with_statistics(self, unnorm_key: str) -> "OpenVLAPolicy":
+        """The same model and options, for another dataset; without the limits of a robot, whose units were others."""
+        from openvla.action_tokenizer import ActionStats, name_action_dims
+
+        other, norm_stats = copy.copy(self), self.model.norm_stats
+        if unnorm_key == self.unnorm_key:
+            return other
+        other.unnorm_key = unnorm_key
+        other.stats = ActionStats.from_norm_stats(norm_stats, unnorm_key, self.model.config.action_normalization)
+        names = [name for name, _ in name_action_dims(norm_stats, unnorm_key)]
+        bounds = norm_stats[unnorm_key]["action"]
+        clamps = any(limits.source == STATISTICS for limits in self.limits)
+        other.limits = [limits_of_statistics(other.stats, bounds, names)] if clamps else []
+        return other
+
+    def warm_up(self, batch: int = 1) -> float:
+        """Acts on grey pictures, `batch` observations at once, until nothing more is set up; milliseconds of the last
+        time."""
+        grey = np.full((*self.processor.image_processor.input_sizes[0][1:], 3), 127, dtype=np.uint8)
+        state = {"proprio": np.zeros(self.model.config.proprio_dim)} if self.model.config.proprio_dim else {}
+        observation = {"images": [grey] * self.processor.num_cameras, "instruction": "wait", **state}
+        for _ in range(2):
+            timing = self.infer_batch([observation] * batch)[0]["timing"]
+        return timing["preprocess_ms"] + timing["infer_ms"]
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -134,6 +178,8 @@ class OpenVLAPolicy:
             "proprio_dim": config.proprio_dim,
             "proprio_names": self._proprio_names(),
             "control_frequency": declared.get("control_frequency"),
+            "frame": bounds.get("frame"),
+            "limits": [limits.source for limits in self.limits],
             "num_cameras": self.processor.num_cameras,
             "cameras": self._cameras,
             "image_size": list(image_processor.input_sizes[0][1:]),
@@ -182,10 +228,11 @@ class OpenVLAPolicy:
 
         Returns `actions` `(T, A)` float64 in the units of the statistics; of the token head `token_ids` and `replaced`
         `(T·A,)`, the latter True where the language model preferred a token that is no action; `timing` in
-        milliseconds, and if there was a draft, `accepted`, how many of its tokens were right, and `passes` of the
-        language model.
+        milliseconds; if there was a draft, `accepted`, how many of its tokens were right, and `passes` of the
+        language model; and of policies with limits `clamped`, what they changed (`Limits.apply`).
 
-        Raises ValueError for an observation that is not whole, RuntimeError for an action that is not finite.
+        Raises ValueError for an observation that is not whole, RuntimeError for an action that is not finite or that
+        the robot's limits forbid.
         """
         return self.infer_batch([observation])[0]
 
@@ -221,9 +268,16 @@ class OpenVLAPolicy:
         tokens = [name for name in ("token_ids", "replaced", "accepted") if name in result]  # by kind of policy
         passes = {} if draft is None else {"passes": result["passes"]}
         return [
-            {"actions": rows, **{name: result[name][row] for name in tokens}, **passes, "timing": timing}
+            {**self._limit(rows), **{name: result[name][row] for name in tokens}, **passes, "timing": timing}
             for row, rows in enumerate(actions)
         ]
+
+    def _limit(self, actions: np.ndarray) -> dict:
+        changed = []
+        for limits in self.limits:
+            actions, beyond = limits.apply(actions)
+            changed += beyond
+        return {"actions": actions} | ({"clamped": changed} if self.limits else {})
 
     def _drafts(self, observations: list[dict]) -> np.ndarray | None:
         """`(B, T·A)`, if every observation has one."""
