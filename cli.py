@@ -14,6 +14,7 @@ COMMANDS = {
     "convert": ("openvla.hub_upload.convert", "the original's checkpoints -> a folder that loads today"),
     "export": ("openvla.hub_upload.export", "adapter or checkpoint -> a folder like a Hub repository, proven to act"),
     "upload": ("openvla.hub_upload.upload", "publish an exported folder on the Hub, with a Space if you like"),
+    "serve": ("openvla.serve.server", "answer robots: REST, openpi's websockets, vla-eval, and a page to try it"),
     "evaluate": ("openvla.evaluate.simulate", "success in simulators, or error against recorded actions (--data)"),
     "demos": ("openvla.evaluate.demos.make", "demonstrations from scripted experts in a simulator"),
     "doctor": ("openvla.evaluate.doctor", "check that a checkpoint sees, listens and has sane statistics"),

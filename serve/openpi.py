@@ -1,0 +1,62 @@
+"""openpi's websocket protocol: the policy's metadata first, then an observation, its chunk, an observation, …
+
+MessagePack, arrays as openpi-client packs them. An answer is {"actions": (T, A), "server_timing": milliseconds, …}; a
+frame of text is an error, after which the connection goes on. Source: openpi, websocket_policy_server.py.
+"""
+
+import asyncio
+import time
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from openvla.serve.batching import Refused
+from openvla.serve.observations import read_observation
+from openvla.serve.service import Service, describe
+from openvla.serve.wire import Malformed, read_msgpack, write_msgpack
+
+OPTIONS = ("unnorm_key", "seed")
+
+
+async def openpi(websocket: WebSocket) -> None:
+    """One client, from its connection to its leaving. `?unnorm_key=…` chooses the statistics."""
+    service: Service = websocket.app.state.service
+    await websocket.accept()
+    try:
+        metadata = service.metadata(websocket.query_params.get("unnorm_key"))
+    except (Malformed, Refused) as error:
+        metadata = {"unnorm_keys": list(service.backend.metadata), "note": str(error)}
+    await websocket.send_bytes(write_msgpack(metadata, bytes_keys=True))
+    previous: float | None = None
+    while True:
+        message = await websocket.receive()
+        if message["type"] == "websocket.disconnect":
+            return
+        start = time.perf_counter()
+        try:
+            with service.turn("openpi"):
+                reply = await _answer(service, message, websocket.query_params.get("unnorm_key"))
+                if previous is not None:
+                    reply["server_timing"]["prev_total_ms"] = previous
+                await websocket.send_bytes(write_msgpack(reply, bytes_keys=True))
+            previous = 1000 * (time.perf_counter() - start)
+        except (Refused, Malformed) as error:
+            status, words = describe(error)
+            await websocket.send_text(f"{status}: {words}")
+        except WebSocketDisconnect:
+            return
+
+
+async def _answer(service: Service, message: dict, unnorm_key: str | None) -> dict:
+    content = await asyncio.to_thread(read_msgpack, service.take(message), service.settings.max_pixels)
+    if not isinstance(content, dict):
+        raise Malformed(f"Expected an observation as a map, got {type(content).__name__}.")
+    metadata = service.metadata(content.get("unnorm_key", unnorm_key))
+    observation = await asyncio.to_thread(read_observation, content, metadata, OPTIONS)
+    answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]})
+    return {
+        "actions": np.ascontiguousarray(answer["actions"]),
+        "server_timing": {"infer_ms": answer["timing"]["infer_ms"]},
+        "policy_timing": answer["timing"],
+        **{name: answer[name] for name in ("clamped",) if name in answer},
+    }

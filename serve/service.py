@@ -1,0 +1,216 @@
+"""One policy behind all protocols: which statistics, whose turn, how long it may take, and what it has done so far.
+
+service = Service(LocalPolicy(policy, settings), settings)
+await service.start()                       # checks and warms up; ready afterwards
+answer = await service.act({"images": [frame], "instruction": "pick up the cup"}, "rest")
+await service.drain()
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+
+from openvla.serve.batching import Batcher, Busy, Refused
+from openvla.serve.metrics import Metrics
+from openvla.serve.wire import Malformed
+
+log = logging.getLogger("openvla.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve.
+
+    Args:
+        max_batch: observations that the policy answers at a time.
+        max_wait_ms: how long the first of them waits for others.
+        max_queue: how many may wait; beyond, 503.
+        timeout_s: from arrival to action; beyond, 504.
+        max_age_ms: how old an observation may be when the policy gets it, unless it says so itself; None: any age.
+        max_body: bytes of a request or a message; beyond, 413.
+        max_pixels: of all pictures of an observation that come as files.
+        patience_s: at the end, for what is being answered.
+        self_check: `doctor`'s checks at the start.
+    """
+
+    max_batch: int = 8
+    max_wait_ms: float = 0.0
+    max_queue: int = 64
+    timeout_s: float = 10.0
+    max_age_ms: float | None = None
+    max_body: int = 16 * 2**20
+    max_pixels: int = 8 * 2**20
+    patience_s: float = 10.0
+    self_check: bool = True
+
+
+class TooLarge(Refused):
+    """More bytes than are read."""
+
+    status = 413
+
+
+class LocalPolicy:
+    """A policy in this process, for every key of its statistics, several observations at a time.
+
+    Args:
+        policy: `OpenVLAPolicy`.
+        default: what clients get who name no `unnorm_key`; None: they have to, if there are several.
+        only: serve no other key: a robot's limits hold for one.
+    """
+
+    def __init__(self, policy, settings: Settings, default: str | None = None, only: bool = False):
+        keys = [policy.unnorm_key] if only else list(policy.model.norm_stats)
+        self.policies = {key: policy.with_statistics(key) for key in keys}
+        self.default = default or (keys[0] if len(keys) == 1 else None)
+        self.metadata = {key: each.metadata for key, each in self.policies.items()}
+        self.settings = settings
+        wait, timeout = settings.max_wait_ms / 1000, settings.timeout_s
+        self.batcher = Batcher(self.infer_batch, settings.max_batch, wait, settings.max_queue, timeout)
+
+    async def start(self, metrics: Metrics) -> None:
+        """Checks and warms up; RuntimeError if the policy is not fit to act."""
+        self.batcher.on_batch = metrics.note_batch
+        await asyncio.get_running_loop().run_in_executor(self.batcher.thread, self._prepare)
+
+    def _prepare(self) -> None:
+        policy = next(iter(self.policies.values()))
+        if self.settings.self_check:
+            from openvla.evaluate.doctor import FAILED, OK, diagnose
+
+            checks = diagnose(policy.model, policy.processor)
+            for check in checks:
+                log.log(
+                    logging.INFO if check.status == OK else logging.WARNING, "check %s: %s", check.name, check.detail
+                )
+            if failed := [f"{check.name}: {check.detail}" for check in checks if check.status == FAILED]:
+                raise RuntimeError(f"This policy is not fit to act. {'; '.join(failed)}")
+        for size in sorted({1, self.settings.max_batch}):
+            log.info("warm: %d observation(s) in %.1f ms", size, policy.warm_up(size))
+
+    def infer_batch(self, observations: list[dict]) -> list[dict]:
+        """Those with the same statistics in one pass."""
+        answers: list[dict] = [{}] * len(observations)
+        keys = [observation["unnorm_key"] for observation in observations]
+        for key in dict.fromkeys(keys):
+            places = [place for place, each in enumerate(keys) if each == key]
+            batch = [{**observations[place]} for place in places]
+            for observation in batch:
+                del observation["unnorm_key"]
+            for place, answer in zip(places, self.policies[key].infer_batch(batch)):
+                answers[place] = answer
+        return answers
+
+    async def infer(self, observation: dict, session: str | None, age: float, max_age: float | None) -> dict:
+        return await self.batcher.infer(observation, session, age, max_age)
+
+    def stop(self) -> None:
+        self.batcher.stop()
+
+
+class Service:
+    """What every protocol asks.
+
+    Args:
+        backend: `LocalPolicy`, or what has the same methods.
+    """
+
+    def __init__(self, backend, settings: Settings):
+        self.backend, self.settings, self.metrics = backend, settings, Metrics()
+        self.problem: str | None = "The policy is being checked and warmed up."  # why it is not ready
+        self.answering = 0  # observations whose answers are not sent yet
+
+    @property
+    def ready(self) -> bool:
+        return self.problem is None
+
+    async def start(self) -> None:
+        """Makes ready; what is wrong with the policy ends in `problem`, as the server goes on to tell it."""
+        try:
+            await self.backend.start(self.metrics)
+        except Exception as error:
+            self.problem = str(error)
+            log.exception("not ready")
+            return
+        self.problem = None
+        self.metrics.ready.set(1)
+        log.info("ready")
+
+    async def drain(self) -> None:
+        """Takes nothing more, and waits until all answers are sent, as long as the settings' patience lasts."""
+        self.problem = "The server is about to stop."
+        self.metrics.ready.set(0)
+        end = time.monotonic() + self.settings.patience_s
+        while self.answering and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        self.backend.stop()
+
+    def metadata(self, unnorm_key: str | None = None) -> dict:
+        """`OpenVLAPolicy.metadata` and all `unnorm_keys`; Malformed for a key that is none of them, Busy before there
+        is a policy."""
+        if not self.ready:
+            raise Busy(f"Not ready. {self.problem}")
+        keys = list(self.backend.metadata)
+        key = self.backend.default if unnorm_key is None else unnorm_key
+        if key is None:
+            raise Malformed(f"Say whose actions you want: unnorm_key is one of {keys}.")
+        if not isinstance(key, str) or key not in keys:
+            raise Malformed(f"Unknown unnorm_key {str(key)[:60]!r}; this policy has {keys}.")
+        return {**self.backend.metadata[key], "unnorm_keys": keys}
+
+    def take(self, message: dict) -> bytes:
+        """The bytes of a websocket's message."""
+        if message.get("bytes") is None:
+            raise Malformed("Expected a frame of bytes, got one of text.")
+        if len(message["bytes"]) > self.settings.max_body:
+            raise TooLarge(f"A message may have {self.settings.max_body} bytes: send smaller pictures.")
+        return message["bytes"]
+
+    @contextlib.contextmanager
+    def turn(self, protocol: str):
+        """Around everything from an observation's arrival to its answer's departure: counts, times, logs."""
+        self.answering += 1
+        self.metrics.in_flight.inc()
+        start, outcome = time.perf_counter(), "ok"
+        try:
+            yield
+        except BaseException as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            seconds = time.perf_counter() - start
+            self.answering -= 1
+            self.metrics.in_flight.dec()
+            self.metrics.note_answer(protocol, outcome, seconds)
+            level, facts = (
+                logging.DEBUG if outcome == "ok" else logging.INFO,
+                {"protocol": protocol, "outcome": outcome},
+            )
+            log.log(level, "%s %s in %.1f ms", protocol, outcome, 1000 * seconds, extra=facts | {"ms": 1000 * seconds})
+
+    async def act(
+        self, observation: dict, session: str | None = None, age: float = 0.0, max_age: float | None = None
+    ) -> dict:
+        """The answer of `OpenVLAPolicy.infer`; raises one of `Refused`.
+
+        Args:
+            observation: of `OpenVLAPolicy.infer`, with its `unnorm_key`.
+            session, age, max_age: see `Batcher.infer`.
+        """
+        if not self.ready:  # any more
+            raise Busy(f"Not ready. {self.problem}")
+        if max_age is None and self.settings.max_age_ms is not None:
+            max_age = self.settings.max_age_ms / 1000
+        answer = await self.backend.infer(observation, session, age, max_age)
+        if changed := answer.get("clamped"):
+            self.metrics.clamped.inc()
+            log.warning("clamped", extra={"clamped": changed, "unnorm_key": observation["unnorm_key"]})
+        return answer
+
+
+def describe(error: Refused | Malformed) -> tuple[int, str]:
+    """Status as in HTTP, and words for whoever asked."""
+    status = error.status if isinstance(error, Refused) else 422
+    return status, str(error).encode("utf-8", "replace").decode()

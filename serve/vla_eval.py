@@ -1,0 +1,126 @@
+"""The vla-evaluation-harness' protocol 1: benchmarks ask for one action per step, over a websocket.
+
+MessagePack {"type", "payload", "seq", "timestamp"}: a hello is answered with what the policy takes and gives, every
+observation with one action; between the ends of a chunk the policy is not asked. The harness wants grippers as
+-1 = open, 1 = closed; datasets of OpenVLA's have 1 = open, 0 = closed. Source: vla-eval 0.8.0, protocol/messages.py,
+specs.py, model_servers/oft.py.
+"""
+
+import asyncio
+import time
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from openvla.serve.action_queue import ActionQueue
+from openvla.serve.batching import Refused
+from openvla.serve.observations import read_observation
+from openvla.serve.service import Service, describe
+from openvla.serve.wire import Malformed, read_msgpack, write_msgpack
+
+PROTOCOL = 1
+END_EFFECTOR = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+OPENS = "1 = open"  # unit of grippers in statistics
+
+
+class _Received:
+    """A policy for `ActionQueue` that was asked already: its observation is the answer."""
+
+    def infer(self, answer: dict) -> dict:
+        return answer
+
+
+async def vla_eval(websocket: WebSocket) -> None:
+    """One client, from its connection to its leaving. `?unnorm_key=…` chooses the statistics."""
+    service: Service = websocket.app.state.service
+    unnorm_key = websocket.query_params.get("unnorm_key")
+    queue = ActionQueue(_Received())
+    await websocket.accept()
+    while True:
+        frame = await websocket.receive()
+        if frame["type"] == "websocket.disconnect":
+            return
+        seq = 0
+        try:
+            with service.turn("vla-eval"):
+                content = await asyncio.to_thread(_read, service.take(frame), service.settings.max_pixels)
+                seq = content["seq"]
+                metadata = service.metadata(unnorm_key)
+                kind, payload = await _answer(service, content, metadata, queue)
+                if kind:
+                    await websocket.send_bytes(_message(kind, payload, seq))
+        except (Refused, Malformed) as error:
+            queue.reset()  # a robot must not go on with what was planned before
+            status, words = describe(error)
+            await websocket.send_bytes(_message("error", {"error": f"{status}: {words}"}, seq))
+        except WebSocketDisconnect:
+            return
+
+
+async def _answer(service: Service, content: dict, metadata: dict, queue: ActionQueue) -> tuple[str | None, dict]:
+    """Type and payload of the reply; None if there is none."""
+    kind, payload = content["type"], content["payload"]
+    if kind == "hello":
+        return "hello", describe_policy(metadata)
+    if kind in ("episode_start", "episode_end"):
+        queue.reset()
+        return None, {}
+    if kind != "observation":
+        raise Malformed(f"Expected hello, observation, episode_start or episode_end, got {str(kind)[:40]!r}.")
+    answer = None
+    if queue.needs_observation:
+        observation = await asyncio.to_thread(read_observation, payload, metadata)
+        answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]})
+    return "action", {"actions": to_harness(queue.act(answer), metadata).astype(np.float32)}
+
+
+def describe_policy(metadata: dict) -> dict:
+    """Payload of a hello: the harness compares it with its benchmark, and sends what `observation_params` ask for."""
+    from openvla import __version__
+
+    image, specs = {"name": "image", "dims": 0, "format": "rgb_hwc_uint8"}, {}
+    specs["image"] = image
+    params = {}
+    if metadata["num_cameras"] > 1:
+        specs["wrist_image"], params["send_wrist_image"] = image, True
+    if metadata["proprio_dim"]:
+        specs["state"] = {"name": "state", "dims": metadata["proprio_dim"], "format": "eef_pos3_axisangle3_gripper2"}
+        params |= {"send_state": True, "quat_no_antipodal": True}
+    specs["language"] = {"name": "language", "dims": 0, "format": "language"}
+    hello = {
+        "harness_version": f"openvla {__version__}",
+        "protocol_version": PROTOCOL,
+        "model_server": str(metadata["checkpoint"]),
+        "capabilities": {},
+        "observation_params": params,
+        "observation_spec": specs,
+    }
+    if [dim["name"] for dim in metadata["action_dims"]] == END_EFFECTOR:
+        hello["action_spec"] = {
+            "position": {"name": "position", "dims": 3, "format": "delta_xyz", "range": [-1.0, 1.0]},
+            "rotation": {"name": "rotation", "dims": 3, "format": "axis_angle", "range": [-3.15, 3.15]},
+            "gripper": {"name": "gripper", "dims": 1, "format": "binary_close_positive", "range": [-1.0, 1.0]},
+        }
+    return hello
+
+
+def to_harness(action: np.ndarray, metadata: dict) -> np.ndarray:
+    """`(A,)` with grippers whose unit is "1 = open" as the harness has them."""
+    opens = np.array([dim["unit"] == OPENS for dim in metadata["action_dims"]])
+    return np.where(opens, np.where(action > 0.5, -1.0, 1.0), action)
+
+
+def _read(message: bytes, max_pixels: int) -> dict:
+    content = read_msgpack(message, max_pixels)
+    fields = {"type": str, "payload": dict, "seq": int, "timestamp": (int, float)}
+    wrong = isinstance(content, dict) and [
+        name for name, kind in fields.items() if not isinstance(content.get(name), kind)
+    ]
+    if not isinstance(content, dict) or wrong:
+        raise Malformed(f"Expected a message with {list(fields)}, got {wrong or type(content).__name__} wrong.")
+    return content
+
+
+def _message(kind: str, payload: dict, seq: int) -> bytes:
+    message = {"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}
+    return write_msgpack(message, bytes_keys=False)
