@@ -311,14 +311,10 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
             return client, assumed
         if missing := {"action_dims", "num_cameras", "unnorm_key"} - set(metadata):
             raise ValueError(f"{args.checkpoint}/metadata does not tell {sorted(missing)}.")
+        if metadata.get("jpeg_quality"):
+            print("note: this server compresses pictures as JPEG; the simulator's have been already", file=sys.stderr)
         if args.unnorm_key not in (None, metadata["unnorm_key"]):
             raise ValueError(f"The server describes {metadata['unnorm_key']!r}, not {args.unnorm_key!r}.")
-        if metadata["num_cameras"] > 1 or metadata.get("proprio_dim"):
-            raise ValueError(
-                f"{args.checkpoint} takes {metadata['num_cameras']} camera(s) and {metadata.get('proprio_dim', 0)} "
-                "numbers of the robot's state; the original's protocol has one image and no state: name the "
-                "checkpoint instead of the address."
-            )
         return client, metadata
 
     from openvla.serve.policy import OpenVLAPolicy

@@ -3,78 +3,232 @@
     client = ActClient("http://127.0.0.1:8000", unnorm_key="bridge_orig")
     actions = client.infer({"images": frame, "instruction": "pick up the cup"})["actions"]  # (T, A)
 
-The protocol: POST /act with `{"image": uint8 array, "instruction": text, "unnorm_key": text}` as JSON, arrays as
-json_numpy writes them; the answer is one array, `(A,)` or `(T, A)`, or a JSON string that holds it. The original
-answers every failure with status 200 and the string "error". Source: vla-scripts/deploy.py of the original code.
+    with Prefetch(client, lead=3) as chunks:         # asks for the next chunk while the current one plays
+        while not done:
+            robot.step(chunks.act(robot.observe))    # (A,) of this control step
+
+This file alone is enough on a robot's computer. The protocol: POST /act with `{"image": uint8 array, "instruction":
+text, "unnorm_key": text}` as JSON, arrays as json_numpy writes them; the answer is one array, `(A,)` or `(T, A)`, or a
+JSON string that holds it. Several cameras go as `images`, the robot's state as `proprio`, which the original does not
+know. It answers every failure with status 200 and the string "error". Source: vla-scripts/deploy.py of the original
+code.
+
+Legend: T action chunk · A action dims · P proprioception dims.
 """
 
+import asyncio
 import base64
+import http.client
 import json
+import ssl
+import threading
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+WAIT = 0.2  # seconds before a server that cannot be reached is tried again
+
 
 class ActClient:
-    """One server.
+    """One server, over one connection that is made anew when it breaks. May be shared by threads, which take turns.
 
     Args:
-        url: `http://host:port`, with or without `/act`.
+        url: `http://host:port` or https, with or without `/act`.
         unnorm_key: sent with every observation; None: the server's choice.
         token: sent as `Authorization: Bearer …`.
         timeout: seconds to wait for an answer.
+        patience: seconds to go on trying while the server cannot be reached: it may be starting anew. What a robot saw
+            is old by then, which `timing` tells.
+        session: with it, a newer observation replaces one that still waits on the server.
+        max_age_ms: how old an observation may be when the policy gets it, from its arrival at the server on.
     """
 
     needs = ("images",)
 
-    def __init__(self, url: str, unnorm_key: str | None = None, token: str | None = None, timeout: float = 60.0):
+    def __init__(
+        self,
+        url: str,
+        unnorm_key: str | None = None,
+        token: str | None = None,
+        timeout: float = 60.0,
+        patience: float = 0.0,
+        session: str | None = None,
+        max_age_ms: float | None = None,
+    ):
         self.url = url.rstrip("/").removesuffix("/act")
-        self.unnorm_key, self.timeout = unnorm_key, timeout
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"Expected a server as http://host:port, got {url!r}.")
+        self._parts, self._connection, self._lock = parts, None, threading.Lock()
+        self.unnorm_key, self.timeout, self.patience = unnorm_key, timeout, patience
+        self._extra = {"unnorm_key": unnorm_key, "session": session, "max_age_ms": max_age_ms}
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def metadata(self) -> dict | None:
         """What the policy declares (`OpenVLAPolicy.metadata`); None from the original's, which does not tell."""
-        try:
-            return json.loads(self._ask("/metadata"))
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return None
-            raise
+        query = f"?{urllib.parse.urlencode({'unnorm_key': self.unnorm_key})}" if self.unnorm_key else ""
+        status, answer = self._ask("GET", f"/metadata{query}")
+        if status in (404, 405):
+            return None
+        return json.loads(self._checked(status, answer, "/metadata"))
 
     def infer(self, observation: dict) -> dict:
-        """The action for one observation with one image; see `OpenVLAPolicy.infer`.
+        """The action for one observation; see `OpenVLAPolicy.infer`.
 
-        Raises RuntimeError if the server fails or its answer is no finite array, OSError if it cannot be reached.
+        Args:
+            observation: `images`: one, or of several cameras a list in the policy's order or a dict by their names,
+                uint8 `(H, W, 3)`; `instruction`; `proprio` `(P,)`, if the policy takes it.
+
+        Returns `actions` `(T, A)` float64, and `timing`: `round_trip_ms`, with all tries.
+
+        Raises ValueError for an observation that is none, RuntimeError if the server refuses or fails, or its answer
+        is no finite array, OSError if it cannot be reached.
         """
         images = observation["images"]
-        images = list(images.values()) if isinstance(images, dict) else images
-        image = images[0] if isinstance(images, list | tuple) and len(images) == 1 else images
-        if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
-            raise ValueError("Expected one image as a uint8 array: the original's protocol has no more cameras.")
-        payload = {"image": _encode(image), "instruction": observation["instruction"]}
-        payload |= {"unnorm_key": self.unnorm_key} if self.unnorm_key else {}
+        named = (
+            images
+            if isinstance(images, dict)
+            else dict(enumerate(images if isinstance(images, list | tuple) else [images]))
+        )
+        for image in named.values():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+                got = f"{image.shape} of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+                raise ValueError(f"Expected images as uint8 arrays (H, W, 3), got {got}.")
+        encoded = {name: _encode(image) for name, image in named.items()}
+        if len(encoded) == 1:
+            payload = {"image": next(iter(encoded.values()))}
+        else:
+            payload = {"images": encoded if isinstance(images, dict) else list(encoded.values())}
+        payload["instruction"] = observation["instruction"]
+        if observation.get("proprio") is not None:
+            payload["proprio"] = _encode(np.asarray(observation["proprio"], dtype=np.float64))
+        payload |= {name: value for name, value in self._extra.items() if value is not None}
         start = time.perf_counter()
-        try:
-            answer = json.loads(self._ask("/act", json.dumps(payload).encode()))
-        except urllib.error.HTTPError as error:
-            said = error.read(1000).decode(errors="replace")
-            raise RuntimeError(f"{self.url}/act answered {error.code}: {said}") from error
+        status, answer = self._ask("POST", "/act", json.dumps(payload).encode())
         timing = {"round_trip_ms": 1000 * (time.perf_counter() - start)}
-        actions = _decode(answer)
-        if actions.ndim not in (1, 2) or not np.isfinite(actions).all():
+        actions = _decode(json.loads(self._checked(status, answer, "/act")))
+        if actions.ndim not in (1, 2) or not actions.size or not np.isfinite(actions).all():
             raise RuntimeError(f"{self.url}/act answered no finite (A,) or (T, A), but {actions.tolist()}.")
         return {"actions": np.atleast_2d(actions), "timing": timing}
+
+    async def infer_async(self, observation: dict) -> dict:
+        """The same, while the event loop goes on."""
+        return await asyncio.to_thread(self.infer, observation)
 
     def infer_batch(self, observations: list[dict]) -> list[dict]:
         """One after the other: the protocol has no batches."""
         return [self.infer(observation) for observation in observations]
 
-    def _ask(self, path: str, body: bytes | None = None) -> bytes:
-        request = urllib.request.Request(self.url + path, body, self._headers)
-        with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-            return answer.read()
+    def close(self) -> None:
+        """Of the connection; the next question opens another."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        """Status and content. A question that finds no server is asked again: it moves nothing."""
+        end = time.monotonic() + self.patience
+        with self._lock:
+            while True:
+                reused = self._connection is not None
+                try:
+                    return self._ask_once(method, path, body)
+                except TimeoutError:
+                    self.close()
+                    raise
+                except (OSError, http.client.HTTPException) as error:
+                    self.close()
+                    if reused:  # it was closed while it lay idle
+                        continue
+                    if time.monotonic() + WAIT > end:
+                        if isinstance(error, OSError):
+                            raise
+                        raise ConnectionError(f"{self.url}{path} gave no answer of HTTP: {error!r}") from error
+                    time.sleep(WAIT)
+
+    def _ask_once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        if self._connection is None:
+            where = (self._parts.hostname, self._parts.port)
+            if self._parts.scheme == "https":
+                context = ssl.create_default_context()
+                self._connection = http.client.HTTPSConnection(*where, timeout=self.timeout, context=context)
+            else:
+                self._connection = http.client.HTTPConnection(*where, timeout=self.timeout)
+        self._connection.request(method, self._parts.path + path, body, self._headers)
+        answer = self._connection.getresponse()
+        return answer.status, answer.read()
+
+    def _checked(self, status: int, answer: bytes, path: str) -> bytes:
+        if status != 200:
+            raise RuntimeError(f"{self.url}{path} answered {status}: {answer[:1000].decode(errors='replace')}")
+        return answer
+
+
+class Prefetch:
+    """One action per control step, of chunks that are asked for before they are needed.
+
+    The chunk that was asked for `lead` steps before the end of the current one begins where the robot was then; what
+    it says of the steps that were played meanwhile is left out, so that every action is the one for its step.
+
+    Args:
+        policy: whatever has `infer`: `ActClient`, `OpenVLAPolicy`.
+        lead: control steps before the end of a chunk at which the next is asked for: as many as an answer takes, at
+            most half a chunk; 0: at its end.
+    """
+
+    def __init__(self, policy, lead: int):
+        if lead < 0:
+            raise ValueError(f"Expected lead in control steps, 0 or more, got {lead}.")
+        self.policy, self.lead = policy, lead
+        self.waited = 0.0  # seconds that the robot stood still for an answer, since `reset`
+        self._thread = ThreadPoolExecutor(1, "prefetch")
+        self._chunk = np.zeros((0, 0))  # the rest of the current one
+        self._next: Future | None = None
+        self._played = 0  # steps since the next one was asked for
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def reset(self) -> None:
+        """Forgets all chunks: a new episode begins, or the robot was moved by somebody else."""
+        self._chunk, self._next, self._played, self.waited = np.zeros((0, 0)), None, 0, 0.0
+
+    def close(self) -> None:
+        """Asks nothing more."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def act(self, observe: Callable[[], dict]) -> np.ndarray:
+        """The action of this control step, `(A,)`.
+
+        Args:
+            observe: gives an observation for the policy; called when one is needed.
+
+        Raises what the policy raises; then no action is left over. ValueError if chunks are too short for `lead`.
+        """
+        if self._next is None and len(self._chunk) <= self.lead:
+            self._next, self._played = self._thread.submit(self.policy.infer, observe()), 0
+        if not len(self._chunk):
+            self._chunk = self._receive()
+        action, self._chunk = self._chunk[0], self._chunk[1:]
+        self._played += 1
+        return action
+
+    def _receive(self) -> np.ndarray:
+        start = time.perf_counter()
+        pending, self._next = self._next, None
+        chunk = np.asarray(pending.result()["actions"], dtype=np.float64)
+        self.waited += time.perf_counter() - start
+        if chunk.ndim != 2 or not np.isfinite(chunk).all():
+            raise ValueError(f"The policy gave actions of shape {chunk.shape}, expected finite (T, A).")
+        if len(chunk) <= self._played:
+            raise ValueError(f"Chunks of {len(chunk)} steps are too short to ask {self.lead} steps ahead.")
+        return chunk[self._played :]
 
 
 def _encode(array: np.ndarray) -> dict:

@@ -11,11 +11,11 @@ import numpy as np
 class ActServer:
     """`answer`, `metadata`: status and JSON (None: 404); `asked`: path, headers and body of every request."""
 
-    def __init__(self, answer: tuple):
-        self.answer, self.metadata, self.asked = answer, None, []
+    def __init__(self, answer: tuple, port: int = 0):
+        self.answer, self.metadata, self.asked, self.port = answer, None, [], port
 
     def __enter__(self):
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self

@@ -432,11 +432,12 @@ def test_a_server_acts_in_the_simulator(tmp_path, capsys):
         server.metadata = (200, {"unnorm_key": "x", "action_dims": [{"name": "x", "unit": "m"}] * 7, "num_cameras": 1})
         with pytest.raises(SystemExit, match="x is in units of 'm'"):
             cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
-        server.metadata[1].update(num_cameras=2, proprio_dim=8)
-        with pytest.raises(
-            SystemExit, match=r"takes 2 camera\(s\) and 8 numbers of the robot's state; the original's"
-        ):
-            cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
+        dims = [{"name": name, "unit": unit} for name, unit in env.conventions.action_dims]
+        server.metadata[1].update(action_dims=dims, num_cameras=2, proprio_dim=8)
+        cli.main(["evaluate", server.url, *command, *acting, "--output-dir", str(tmp_path / "two")])
+        _, _, body = server.asked[-1]
+        assert [image["shape"] for image in body["images"]] == [[224, 224, 3]] * 2
+        assert body["proprio"]["shape"] == [8] and body["images"][0] != body["images"][1]
         server.metadata, server.answer = None, (200, "error")
         with pytest.raises(SystemExit, match="answered 'error' instead of an action"):
             cli.main(["evaluate", server.url, *command, "--output-dir", str(tmp_path / "other")])
