@@ -6,6 +6,8 @@
 # make test-slow, make test-bite: slower checks; the latter plants mistakes and shows which tests notice
 # make test-published: publish on a Hub in the tests; act in environments with transformers and torch alone
 # make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
+# make test-clients robots' clients that others wrote act through our server (200 MB of packages)
+# make test-pages   the pages in a real browser (needs Debian's chromium; 1 GB of packages)
 # make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
 PYTHON ?= python3
 EXTRAS ?= [sim]
@@ -13,7 +15,7 @@ TORCH ?= torch==2.13.0
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
 
-.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-vllm check format bench clean
+.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-clients test-pages test-vllm check format bench clean
 
 # torch comes first: asked for along with the rest, pip may replace it by another build
 .venv/ready: setup.cfg pyproject.toml
@@ -75,6 +77,28 @@ test-published: .venv/ready .venv-bare/ready .venv-bare-v4/ready .venv-olah/read
 
 test-sim: .venv-sim/ready
 	.venv-sim/bin/python -m pytest tests/test_envs_*.py tests/test_experts_*.py tests/test_rollout.py tests/test_demos.py
+
+# openpi-client is what wants numpy 1; the others do without
+.venv-clients/ready:
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q "numpy<2" openpi-client==0.1.2 typing_extensions
+	.venv-clients/bin/pip install -q inspect-robots==0.60.0 inspect-robots-widowx==0.1.0 vla-eval==0.8.0 "numpy<2"
+	touch $@
+
+test-clients: export OPENVLA_CLIENTS_PYTHON = $(CURDIR)/.venv-clients/bin/python
+test-clients: .venv/ready .venv-clients/ready
+	$(BIN)/python -m pytest tests/test_clients.py
+
+.venv-pages/ready: setup.cfg
+	$(PYTHON) -m venv .venv-pages
+	.venv-pages/bin/pip install -q $(TORCH)
+	.venv-pages/bin/pip install -q "transformers>=5" pillow "gradio>=6" playwright
+	touch $@
+
+test-pages: export OPENVLA_BROWSER_PYTHON = $(CURDIR)/.venv-pages/bin/python
+test-pages: export OPENVLA_GRADIO_PYTHON = $(CURDIR)/.venv-pages/bin/python
+test-pages: .venv/ready .venv-pages/ready
+	$(BIN)/python -m pytest tests/test_pages.py tests/test_app.py
 
 .venv-vllm/ready:
 	$(PYTHON) -m venv .venv-vllm
