@@ -13,6 +13,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -413,6 +414,18 @@ def test_a_policy_that_is_not_fit_does_not_become_ready(checkpoint, processor):
     service = Service(LocalPolicy(policy, Settings()), Settings())
     asyncio.run(service.start())
     assert not service.ready and "not fit to act" in service.problem and "NaN" in service.problem
+
+
+@pytest.mark.parametrize("script, scheme", [("robot_over_rest.py", "http"), ("robot_over_websocket.py", "ws")])
+def test_the_examples_move_an_arm_that_is_none(served, script, scheme):
+    example = Path(server.__file__).parents[1] / "examples" / script
+    url = f"{scheme}://127.0.0.1:{served.port}"
+    asked = len(served.asked)
+    ran = subprocess.run(
+        [sys.executable, example, "--url", url, "--steps", "3"], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("3 steps") and "'gripper': " in ran.stdout and len(served.asked) - asked == 3
 
 
 # --- The process -----------------------------------------------------------------------------------------------------
