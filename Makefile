@@ -7,6 +7,7 @@
 # make test-published: publish on a Hub in the tests; act in environments with transformers and torch alone
 # make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
 # make test-clients robots' clients that others wrote act through our server (200 MB of packages)
+# make test-fleet   two replicas behind Ray Serve (1 GB of packages); make bench-serving CHECKPOINT=…: servers compared
 # make test-pages   the pages in a real browser (needs Debian's chromium; 1 GB of packages)
 # make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
 PYTHON ?= python3
@@ -15,7 +16,7 @@ TORCH ?= torch==2.13.0
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
 
-.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-clients test-pages test-vllm check format bench clean
+.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-clients test-pages test-fleet test-vllm check format bench bench-serving clean
 
 # torch comes first: asked for along with the rest, pip may replace it by another build
 .venv/ready: setup.cfg pyproject.toml
@@ -88,6 +89,19 @@ test-sim: .venv-sim/ready
 test-clients: export OPENVLA_CLIENTS_PYTHON = $(CURDIR)/.venv-clients/bin/python
 test-clients: .venv/ready .venv-clients/ready
 	$(BIN)/python -m pytest tests/test_clients.py
+
+.venv-fleet/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv-fleet
+	.venv-fleet/bin/pip install -q $(TORCH)
+	.venv-fleet/bin/pip install -q -e ".[ray]" "transformers>=5" pytest pytest-timeout litserve fastapi json_numpy
+	touch $@
+
+test-fleet: .venv-fleet/ready
+	.venv-fleet/bin/python -m pytest tests/test_ray_app.py
+
+# CHECKPOINT of one camera; some minutes of a machine that does nothing else
+bench-serving: .venv-fleet/ready
+	OMP_NUM_THREADS=1 .venv-fleet/bin/python benchmarks/serving/measure.py $(CHECKPOINT) --json serving.json
 
 .venv-pages/ready: setup.cfg
 	$(PYTHON) -m venv .venv-pages

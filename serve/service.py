@@ -46,6 +46,10 @@ class Settings:
     self_check: bool = True
 
 
+class NotFit(RuntimeError):
+    """A policy that must not act, with what is wrong with it."""
+
+
 class TooLarge(Refused):
     """More bytes than are read."""
 
@@ -71,7 +75,7 @@ class LocalPolicy:
         self.batcher = Batcher(self.infer_batch, settings.max_batch, wait, settings.max_queue, timeout)
 
     async def start(self, metrics: Metrics) -> None:
-        """Checks and warms up; RuntimeError if the policy is not fit to act."""
+        """Checks and warms up; NotFit if the policy must not act."""
         self.batcher.on_batch = metrics.note_batch
         await asyncio.get_running_loop().run_in_executor(self.batcher.thread, self._prepare)
 
@@ -86,7 +90,7 @@ class LocalPolicy:
                     logging.INFO if check.status == OK else logging.WARNING, "check %s: %s", check.name, check.detail
                 )
             if failed := [f"{check.name}: {check.detail}" for check in checks if check.status == FAILED]:
-                raise RuntimeError(f"This policy is not fit to act. {'; '.join(failed)}")
+                raise NotFit(f"This policy is not fit to act. {'; '.join(failed)}")
         for size in sorted({1, self.settings.max_batch}):
             log.info("warm: %d observation(s) in %.1f ms", size, policy.warm_up(size))
 
@@ -131,7 +135,7 @@ class Service:
         try:
             await self.backend.start(self.metrics)
         except Exception as error:
-            self.problem = str(error)
+            self.problem = str(error) if isinstance(error, NotFit) else "It failed; the server's log tells why."
             log.exception("not ready")
             return
         self.problem = None

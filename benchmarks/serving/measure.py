@@ -1,0 +1,229 @@
+"""Load on policy servers, one after the other in one run: every client checks that its answers are its own.
+
+python benchmarks/serving/measure.py CHECKPOINT --servers openvla original litserve ray --seconds 60 --clients 32
+
+CHECKPOINT takes one picture, and other pictures have to give other actions. Every client has a picture and an
+instruction of its own, asks again as soon as it is answered, and compares with what `predict_action` says. Reports per
+server answers per second, milliseconds (median and 99th percentile), mean batch, and answers that were lost or
+another's; and for one client alone the milliseconds that serving adds to preprocessing and `predict_action`, in turn.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+WARM = 3.0  # seconds of load before counting begins
+
+
+def command(name: str, checkpoint: str, key: str, port: int) -> list[str]:
+    """How a server is started, by the interpreter that runs this."""
+    openvla = [sys.executable, "-m", "openvla.cli"]
+    return {
+        "openvla": [
+            *openvla,
+            "serve",
+            checkpoint,
+            "--unnorm-key",
+            key,
+            "--port",
+            str(port),
+            "--no-check",
+            "--no-clamp",
+        ],
+        "original": [sys.executable, str(HERE / "original.py"), checkpoint, key, str(port)],
+        "litserve": [sys.executable, str(HERE / "lit.py"), checkpoint, key, str(port)],
+        "ray": [sys.executable, str(HERE / "fleet.py"), checkpoint, key, str(port)],
+    }[name]
+
+
+def make_requests(checkpoint: str, key: str, count: int) -> tuple[list[bytes], np.ndarray, object]:
+    """A body per client, as the original's clients send it; the actions `(count, A)`; the policy and what it saw."""
+    from openvla.serve.policy import OpenVLAPolicy
+    from openvla.serve.wire import write_json_numpy
+
+    policy = OpenVLAPolicy.from_pretrained(checkpoint, key, dtype="float32", device="cpu")
+    rng, bodies, expected, observations = np.random.default_rng(0), [], [], []
+    for client in range(count):
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        picture = np.repeat(np.repeat(coarse, 32, 0), 32, 1)  # 256 x 256
+        instruction = f"pick up object {client}"
+        bodies.append(json.dumps({"image": write_json_numpy(picture), "instruction": instruction}).encode())
+        observations.append({"images": picture, "instruction": instruction})
+        inputs = policy.processor(policy.processor.build_prompt(instruction), picture)
+        expected.append(policy.model.predict_action(**inputs, unnorm_key=key))
+    return bodies, np.array(expected), (policy, observations)
+
+
+class Connection:
+    """HTTP/1.1 that is kept open, and no more: the generator shares the machine with the server."""
+
+    def __init__(self, port: int):
+        self.port = port
+
+    async def open(self) -> "Connection":
+        self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        return self
+
+    async def ask(self, body: bytes) -> tuple[int, bytes]:
+        head = ["POST /act HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+        self.writer.write("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+        await self.writer.drain()
+        lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if ": " in line)
+        content = await self.reader.readexactly(int(headers["content-length"]))
+        return int(lines[0].split()[1]), content
+
+
+def read_action(content: bytes) -> np.ndarray:
+    from openvla.serve.client import _decode
+
+    return _decode(json.loads(content)).reshape(-1)
+
+
+async def load(port: int, bodies: list[bytes], expected: np.ndarray, seconds: float) -> dict:
+    """All clients at once."""
+    times, others, lost = [], 0, 0
+    begin = time.perf_counter() + WARM
+    end = begin + seconds
+
+    async def client(index: int) -> None:
+        nonlocal others, lost
+        connection = await Connection(port).open()
+        while (start := time.perf_counter()) < end:
+            try:
+                status, content = await connection.ask(bodies[index])
+            except (OSError, asyncio.IncompleteReadError):
+                lost += 1
+                connection = await Connection(port).open()
+                continue
+            finish = time.perf_counter()
+            if status != 200:
+                lost += 1
+            elif not np.allclose(read_action(content), expected[index], atol=1e-9):
+                others += 1
+            if begin <= finish <= end:
+                times.append(finish - start)
+
+    await asyncio.gather(*(client(index) for index in range(len(bodies))))
+    p50, p99 = (float(np.percentile(times, share)) * 1000 for share in (50, 99))
+    return {"answers_per_s": len(times) / seconds, "p50_ms": p50, "p99_ms": p99, "others": others, "lost": lost}
+
+
+async def alone(port: int, bodies: list[bytes], scene, key: str, rounds: int) -> dict:
+    """One client; in turn with the same through the model in this process."""
+    policy, observations = scene
+    connection, served, bare = await Connection(port).open(), [], []
+    for index in range(rounds):
+        start = time.perf_counter()
+        status, _ = await connection.ask(bodies[index % len(bodies)])
+        assert status == 200
+        middle = time.perf_counter()
+        observation = observations[index % len(bodies)]
+        inputs = policy.processor(policy.processor.build_prompt(observation["instruction"]), observation["images"])
+        policy.model.predict_action(**inputs, unnorm_key=key)
+        served.append(middle - start)
+        bare.append(time.perf_counter() - middle)
+    served, bare = 1000 * np.array(served[10:]), 1000 * np.array(bare[10:])
+    added = served - bare
+    return {
+        "one_client_p50_ms": float(np.median(served)),
+        "bare_p50_ms": float(np.median(bare)),
+        "added_p50_ms": float(np.median(added)),
+        "added_quartiles_ms": [float(value) for value in np.percentile(added, (25, 75))],
+    }
+
+
+def mean_batch(port: int) -> float | None:
+    """As the server counts it, if it does."""
+    try:
+        lines = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode().splitlines()
+    except OSError:
+        return None
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    count = float(values.get("openvla_batch_size_count", 0))
+    return float(values["openvla_batch_size_sum"]) / count if count else None
+
+
+def measure(name: str, args, bodies: list[bytes], expected: np.ndarray, scene) -> dict:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command(name, args.checkpoint, args.unnorm_key, port), stdout=log, stderr=log)
+        try:
+            asyncio.run(wait_until_it_acts(process, port, bodies[0]))
+            single = asyncio.run(alone(port, bodies, scene, args.unnorm_key, args.rounds))
+            return single | asyncio.run(load(port, bodies, expected, args.seconds)) | {"mean_batch": mean_batch(port)}
+        except (AssertionError, TimeoutError):
+            log.seek(0)
+            print(log.read().decode()[-5000:], file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def wait_until_it_acts(process, port: int, body: bytes) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "the server ended"
+        try:
+            status, _ = await (await Connection(port).open()).ask(body)
+            if status == 200:
+                return
+        except (OSError, asyncio.IncompleteReadError, KeyError):
+            pass
+        await asyncio.sleep(0.5)
+    raise TimeoutError("the server does not act")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("checkpoint")
+    arguments.add_argument("--unnorm-key", default="bridge_orig")
+    arguments.add_argument("--servers", nargs="+", default=["openvla", "original", "litserve", "ray"])
+    arguments.add_argument("--clients", type=int, default=32)
+    arguments.add_argument("--seconds", type=float, default=60.0)
+    arguments.add_argument("--rounds", type=int, default=200, help="of one client alone")
+    arguments.add_argument("--json", type=Path, help="where the results go")
+    args = arguments.parse_args()
+
+    import torch
+    import transformers
+
+    bodies, expected, scene = make_requests(args.checkpoint, args.unnorm_key, args.clients)
+    kinds = len(np.unique(expected.round(9), axis=0))
+    print(f"{args.clients} clients, {kinds} different actions, {len(bodies[0]) / 1000:.0f} kB per request")
+    found = {}
+    for name in args.servers:
+        found[name] = measure(name, args, bodies, expected, scene)
+        print(name, json.dumps(found[name]), flush=True)
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    report = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": revision,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "clients": args.clients,
+        "different_actions": kinds,
+        "seconds": args.seconds,
+        "servers": found,
+    }
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

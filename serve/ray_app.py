@@ -1,0 +1,163 @@
+"""A fleet: replicas of a policy behind Ray Serve, and in front of them the protocols of `openvla serve`.
+
+OPENVLA_TOKEN=secret serve run openvla.serve.ray_app:app checkpoint=openvla/openvla-7b unnorm_key=bridge_orig
+serve run openvla.serve.ray_app:app checkpoint=runs/my-robot num_gpus=0.5 max_replicas=4 max_batch=16
+
+`pip install "openvla[ray]"` brings Ray. The options are those of `Fleet`. Robots ask the same paths as of one server:
+/act, ws://…/ for openpi, ws://…/vla-eval, /metadata, /ready, /metrics. Replicas come and go with the load.
+
+Which one: `openvla serve` for one machine, as it is a hop less; this for several GPUs or machines; vLLM's own OpenVLA
+for many tokens per second of openvla-7b's layout: it gives 7 token ids, and statistics, crops, chunks, limits and
+protocols are left to its user.
+"""
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass, fields
+
+from ray import serve
+from ray.exceptions import RayError
+
+from openvla.serve.batching import Failed, Refused, TimedOut
+from openvla.serve.metrics import Metrics
+from openvla.serve.server import create_app, start_logging
+from openvla.serve.service import LocalPolicy, NotFit, Service, Settings
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What to deploy.
+
+    Args:
+        checkpoint, unnorm_key, dtype, quantize, clamp: see `openvla serve`.
+        num_gpus: of each replica: 0 (CPU), 1, or a part of one, which replicas share.
+        num_cpus: of each replica.
+        min_replicas, max_replicas: Ray goes between them with the load.
+        target_ongoing: observations per replica beyond which Ray starts another.
+        max_batch, max_wait_ms, max_queue, timeout_s, self_check: of each replica; see `Settings`.
+    """
+
+    checkpoint: str
+    unnorm_key: str | None = None
+    dtype: str = "auto"
+    quantize: str | None = None
+    num_gpus: float = 0.0
+    num_cpus: float = 1.0
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing: int = 8
+    max_batch: int = 8
+    max_wait_ms: float = 0.0
+    max_queue: int = 64
+    timeout_s: float = 10.0
+    self_check: bool = True
+    clamp: bool = True
+
+    @property
+    def settings(self) -> Settings:
+        names = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "self_check")
+        return Settings(**{name: getattr(self, name) for name in names})
+
+
+class Replica:
+    """A policy on its share of the hardware."""
+
+    def __init__(self, fleet: Fleet):
+        from openvla.serve.policy import OpenVLAPolicy
+
+        start_logging(as_json=False, answers=False)
+        told = {"dtype": fleet.dtype, "quantize": fleet.quantize}
+        told |= {"clamp": fleet.clamp, "any_key": True}
+        policy = OpenVLAPolicy.from_pretrained(fleet.checkpoint, fleet.unnorm_key, **told)
+        self.backend, self.started = LocalPolicy(policy, fleet.settings, fleet.unnorm_key), None
+
+    async def describe(self) -> tuple[dict, str | None] | NotFit:
+        """`metadata` by key, and the default key, once the policy is checked and warm. What is wrong is returned: what
+        another process raises arrives wrapped in its traceback."""
+        self.started = self.started or asyncio.create_task(self.backend.start(Metrics()))
+        try:
+            await asyncio.shield(self.started)
+        except NotFit as problem:
+            return problem
+        return self.backend.metadata, self.backend.default
+
+    async def infer(self, *turn) -> dict | Refused:
+        """See `Batcher.infer`."""
+        problem = await self.describe()
+        if isinstance(problem, NotFit):
+            return Failed(str(problem))
+        try:
+            return await self.backend.infer(*turn)
+        except Refused as refusal:
+            return refusal
+
+
+class RemotePolicy:
+    """A `Service`'s backend: the replicas.
+
+    Args:
+        replicas: handle of their deployment.
+    """
+
+    def __init__(self, replicas, timeout: float):
+        self.replicas, self.timeout = replicas, timeout
+        self.metadata, self.default = {}, None
+
+    async def start(self, metrics: Metrics) -> None:
+        found = await self.replicas.describe.remote()
+        if isinstance(found, NotFit):
+            raise found
+        self.metadata, self.default = found
+
+    async def infer(self, *turn) -> dict:
+        try:
+            answer = await asyncio.wait_for(self.replicas.infer.remote(*turn), self.timeout)
+        except asyncio.TimeoutError:
+            raise TimedOut(f"There was no action within {self.timeout:g} s.") from None
+        except RayError as error:
+            logging.getLogger("openvla.serve").exception("a replica failed")
+            raise Failed("A replica failed; its log tells why.") from error
+        if isinstance(answer, Refused):
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        """Ray stops replicas itself."""
+
+
+@serve.ingress()
+class Front:
+    """Speaks the protocols."""
+
+    def __init__(self, replicas, fleet: Fleet, tokens: tuple[str, ...]):
+        start_logging(as_json=False, answers=False)
+        self.service = Service(RemotePolicy(replicas, fleet.timeout_s), fleet.settings)
+        self.tokens = tokens
+
+    def __serve_build_asgi_app__(self):
+        return create_app(self.service, self.tokens)
+
+
+def app(options: dict[str, str]):
+    """What `serve run openvla.serve.ray_app:app name=value …` deploys; ValueError for an option that is none."""
+    kinds = {field.name: field.type for field in fields(Fleet)}
+    if unknown := sorted(set(options) - set(kinds)):
+        raise ValueError(f"Unknown options {unknown}; there are {sorted(kinds)}.")
+    if "checkpoint" not in options:
+        raise ValueError("Say which policy: checkpoint=PATH_OR_ID.")
+    read = {int: int, float: float, bool: lambda text: text.lower() in ("true", "1", "yes")}
+    fleet = Fleet(**{name: read.get(kinds[name], str)(value) for name, value in options.items()})
+    scaling = {
+        "min_replicas": fleet.min_replicas,
+        "max_replicas": fleet.max_replicas,
+        "target_ongoing_requests": fleet.target_ongoing,
+    }
+    share = {"num_cpus": fleet.num_cpus, "num_gpus": fleet.num_gpus}
+    most = fleet.max_batch + fleet.max_queue
+    replicas = serve.deployment(
+        Replica, autoscaling_config=scaling, ray_actor_options=share, max_ongoing_requests=most
+    ).bind(fleet)
+    token = os.environ.get("OPENVLA_TOKEN")
+    front = serve.deployment(Front, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1024)
+    return front.bind(replicas, fleet, (token,) if token else ())
