@@ -20,12 +20,10 @@ with sync_playwright() as playwright:
     page.get_by_label("instruction").first.fill(instruction)
     page.wait_for_selector("img", timeout=60_000)
     page.get_by_role("button", name="act", exact=True).click()
-    page.wait_for_selector("table td", timeout=60_000)
-    page.wait_for_function("document.querySelectorAll('table tbody tr').length > 5")
-    page.wait_for_timeout(1500)
-    rows = [
-        [cell.inner_text().strip() for cell in row.locator("td").all()] for row in page.locator("table tbody tr").all()
-    ]
+    cells = page.get_by_role("gridcell")
+    cells.nth(20).wait_for(timeout=60_000)  # seven dims: name, unit, value
+    texts = [cell.inner_text().strip() for cell in cells.all()]
+    rows = [texts[start : start + 3] for start in range(0, len(texts), 3)]
     page.screenshot(path=screenshot, full_page=True)
     browser.close()
 json.dump({"rows": rows, "problems": problems}, open(out, "w"))  # noqa: SIM115
