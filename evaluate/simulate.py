@@ -315,6 +315,8 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
             print("note: this server compresses pictures as JPEG; the simulator's have been already", file=sys.stderr)
         if args.unnorm_key not in (None, metadata["unnorm_key"]):
             raise ValueError(f"The server describes {metadata['unnorm_key']!r}, not {args.unnorm_key!r}.")
+        if "num_denoising_steps" in metadata:
+            client.needs += ("seed",)
         return client, metadata
 
     from openvla.serve.policy import OpenVLAPolicy

@@ -6,7 +6,9 @@ python examples/robot_over_rest.py --url https://gpu.local:8000 --token secret -
 """
 
 import argparse
+import sys
 import time
+import uuid
 
 from fake_arm import FakeArm
 
@@ -20,15 +22,22 @@ arguments.add_argument("--steps", type=int, default=40)
 arguments.add_argument("--lead", type=int, default=3, help="steps before the end of a chunk to ask for the next")
 args = arguments.parse_args()
 
-# patience: the server may be starting anew; meanwhile the arm stands still
-client = ActClient(args.url, token=args.token, timeout=5.0, patience=60.0, session="arm-1", max_age_ms=500)
+client = ActClient(args.url, token=args.token, timeout=5.0, session=str(uuid.uuid4()), max_age_ms=500)
+client.wait(60)
 policy = client.metadata()
 arm = FakeArm(policy)
 lead = min(args.lead, policy["action_chunk"] - 1)
 start = time.monotonic()
 with Prefetch(client, lead) as chunks:
-    for _ in range(args.steps):
-        arm.move(chunks.act(lambda: arm.observe(args.instruction)))
+    while len(arm.done) < args.steps:
+        try:
+            action = chunks.act(lambda: arm.observe(args.instruction))
+        except (OSError, RuntimeError) as error:  # the server is away or refuses: stand still, then look again
+            print("no action:", error, file=sys.stderr)
+            client.wait(60)
+            chunks.reset()
+            continue
+        arm.move(action)
 seconds = time.monotonic() - start
 print(f"{args.steps} steps in {seconds:.2f} s, of which the arm waited {chunks.waited:.2f} s for answers")
 print("last action:", dict(zip((dim["name"] for dim in policy["action_dims"]), arm.done[-1].round(4).tolist())))

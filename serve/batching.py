@@ -1,7 +1,7 @@
 """Many robots, one policy: observations wait in a bounded queue, and those that wait together are answered together.
 
     batcher = Batcher(infer_batch, max_batch=8, max_queue=64, timeout=10.0)
-    answer = await batcher.infer(observation, session="arm-3", max_age=0.2)
+    answer = await batcher.infer(observation, Turn(session="arm-3", max_age=0.2))
 
 What cannot be answered in time is refused, never answered late: a robot must not act on what it saw long ago.
 """
@@ -9,6 +9,7 @@ What cannot be answered in time is refused, never answered late: a robot must no
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from openvla.serve.safety import Forbidden
 
 log = logging.getLogger("openvla.serve")
+SESSIONS = 1024  # whose newest observations are remembered
 
 
 class Refused(Exception):
@@ -60,21 +62,43 @@ class Failed(Refused):
     """The policy raised, or its action is forbidden."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """When an observation came, and what its sender says of it.
+
+    Args:
+        arrived: on the monotonic clock: its first byte, before it was read and decoded.
+        session: whose it is. What still waits of the same session is refused: a robot wants an answer to what it sees
+            now.
+        age: seconds from the picture to its arrival here, as far as the sender tells.
+        max_age: seconds that it may be old when the policy gets it; None: any age.
+    """
+
+    arrived: float = field(default_factory=time.monotonic)
+    session: str | None = None
+    age: float = 0.0
+    max_age: float | None = None
+
+    def check(self) -> None:
+        """Raises Stale if it is too old by now."""
+        age = self.age + time.monotonic() - self.arrived
+        if self.max_age is not None and age > self.max_age:
+            allowed = f"{1000 * self.max_age:.0f} are allowed"
+            raise Stale(f"The observation is {1000 * age:.0f} ms old, {allowed}.")
+
+
 @dataclass(eq=False)
 class _Waiting:
     observation: dict
-    session: str | None
-    age: float
-    max_age: float | None
+    turn: Turn
     answer: asyncio.Future
-    arrived: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
     """Asks a policy from a thread of its own, one batch at a time. Lives in one event loop.
 
     Args:
-        infer_batch: observations -> an answer for each; ValueError if one of them is at fault.
+        infer_batch: observations -> an answer or an exception for each; ValueError if one of them is at fault.
         max_batch: observations at a time.
         max_wait: seconds that the first of a batch waits for others; 0: who waits when the policy is free goes along.
         max_queue: observations that may wait.
@@ -84,7 +108,7 @@ class Batcher:
 
     def __init__(
         self,
-        infer_batch: Callable[[list[dict]], list[dict]],
+        infer_batch: Callable[[list[dict]], list[dict | Exception]],
         max_batch: int = 8,
         max_wait: float = 0.0,
         max_queue: int = 64,
@@ -95,31 +119,22 @@ class Batcher:
         self.max_queue, self.timeout, self.on_batch = max_queue, timeout, on_batch
         self.thread = ThreadPoolExecutor(1, "policy")
         self.waiting: deque[_Waiting] = deque()
+        self._newest: dict[str, float] = {}  # when each session's newest observation came
         self._arrival = asyncio.Event()
         self._task: asyncio.Task | None = None
 
-    async def infer(
-        self, observation: dict, session: str | None = None, age: float = 0.0, max_age: float | None = None
-    ) -> dict:
-        """The policy's answer. Raises one of the `Refused`.
-
-        Args:
-            session: what still waits of the same session is refused: a robot wants an answer to what it sees now.
-            age: seconds from the picture to its arrival here, as far as the sender tells.
-            max_age: seconds that it may be old when the policy gets it.
-        """
+    async def infer(self, observation: dict, turn: Turn) -> dict:
+        """The policy's answer. Raises one of the `Refused`."""
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
-        for older in [each for each in self.waiting if session is not None and each.session == session]:
-            self.waiting.remove(older)
-            _settle(older, Superseded("Its session sent a newer observation."))
+        self._supersede(turn)
         if len(self.waiting) >= self.max_queue:
             raise Busy(f"{len(self.waiting)} observations wait already: ask less often, or start more servers.")
-        mine = _Waiting(observation, session, age, max_age, asyncio.get_running_loop().create_future())
+        mine = _Waiting(observation, turn, asyncio.get_running_loop().create_future())
         self.waiting.append(mine)
         self._arrival.set()
         try:
-            return await asyncio.wait_for(mine.answer, self.timeout)
+            return await asyncio.wait_for(mine.answer, max(0.0, turn.arrived + self.timeout - time.monotonic()))
         except asyncio.TimeoutError:
             raise TimedOut(f"There was no action within {self.timeout:g} s.") from None
         finally:
@@ -127,12 +142,25 @@ class Batcher:
                 self.waiting.remove(mine)
 
     def stop(self) -> None:
-        """Refuses what waits."""
+        """Refuses what waits and what the policy has."""
         if self._task is not None:
             self._task.cancel()
         for each in self.waiting:
             _settle(each, Busy("The server stops."))
         self.thread.shutdown(wait=False, cancel_futures=True)
+
+    def _supersede(self, turn: Turn) -> None:
+        """Refuses what is older of the same session; Superseded if that is this one, which took longer to decode."""
+        if turn.session is None:
+            return
+        if self._newest.pop(turn.session, -math.inf) > turn.arrived:
+            raise Superseded("Its session sent a newer observation.")
+        self._newest[turn.session] = turn.arrived
+        if len(self._newest) > SESSIONS:
+            del self._newest[next(iter(self._newest))]  # the one that was silent longest
+        for older in [each for each in self.waiting if each.turn.session == turn.session]:
+            self.waiting.remove(older)
+            _settle(older, Superseded("Its session sent a newer observation."))
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
@@ -141,7 +169,7 @@ class Batcher:
             if not self.waiting:
                 await self._arrival.wait()
                 continue
-            left = self.waiting[0].arrived + self.max_wait - time.monotonic()
+            left = self.waiting[0].turn.arrived + self.max_wait - time.monotonic()
             if left > 0 and len(self.waiting) < self.max_batch:
                 with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(self._arrival.wait(), left)
@@ -149,7 +177,12 @@ class Batcher:
             if not (batch := self._next_batch()):
                 continue
             start = time.perf_counter()
-            answers = await loop.run_in_executor(self.thread, self._ask, [each.observation for each in batch])
+            try:
+                answers = await loop.run_in_executor(self.thread, self._ask, batch)
+            except asyncio.CancelledError:
+                for each in batch:
+                    _settle(each, Busy("The server stops."))
+                raise
             self.on_batch(len(batch), time.perf_counter() - start)
             for each, answer in zip(batch, answers):
                 _settle(each, answer)
@@ -157,30 +190,46 @@ class Batcher:
     def _next_batch(self) -> list[_Waiting]:
         """Those who have waited longest, and are neither too old nor gone."""
         batch: list[_Waiting] = []
-        now = time.monotonic()
         while self.waiting and len(batch) < self.max_batch:
             each = self.waiting.popleft()
-            age = each.age + now - each.arrived
-            if each.max_age is not None and age > each.max_age:
-                allowed = f"{1000 * each.max_age:.0f} are allowed"
-                _settle(each, Stale(f"The observation is {1000 * age:.0f} ms old, {allowed}."))
-            elif not each.answer.done():
+            try:
+                each.turn.check()
+            except Stale as stale:
+                _settle(each, stale)
+                continue
+            if not each.answer.done():
                 batch.append(each)
         return batch
 
-    def _ask(self, observations: list[dict]) -> list[dict | Refused]:
+    def _ask(self, batch: list[_Waiting]) -> list[dict | Refused]:
         """In the policy's thread: an answer or a refusal for each. One that fails does not spoil the others'."""
         try:
-            return list(self.infer_batch(observations))
+            answers = self.infer_batch([each.observation for each in batch])
+            return [_refusal(answer) if isinstance(answer, Exception) else answer for answer in answers]
         except Exception as error:  # whatever it is, the others get their answers and the server goes on
-            if len(observations) > 1:
-                return [self._ask([observation])[0] for observation in observations]
-            if isinstance(error, ValueError):
-                return [Unfit(str(error))]
-            if isinstance(error, Forbidden):
-                return [Failed(str(error))]
-            log.exception("the policy failed")
-            return [Failed("The policy failed; the server's log tells why.")]
+            if len(batch) == 1:
+                return [_refusal(error)]
+        return [self._ask_alone(each) for each in batch]
+
+    def _ask_alone(self, each: _Waiting) -> dict | Refused:
+        """What failed in company, if it is still to be answered."""
+        try:
+            each.turn.check()
+        except Stale as stale:
+            return stale
+        return Busy("Nobody waits.") if each.answer.done() else self._ask([each])[0]
+
+
+def _refusal(error: Exception) -> Refused:
+    """Of what the policy raised."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, ValueError):
+        return Unfit(str(error))
+    if isinstance(error, Forbidden):
+        return Failed(str(error))
+    log.error("the policy failed", exc_info=error)
+    return Failed("The policy failed; the server's log tells why.")
 
 
 def _settle(each: _Waiting, answer: dict | Refused) -> None:

@@ -40,13 +40,13 @@ class ActClient:
         unnorm_key: sent with every observation; None: the server's choice.
         token: sent as `Authorization: Bearer …`.
         timeout: seconds to wait for an answer.
-        patience: seconds to go on trying while the server cannot be reached: it may be starting anew. What a robot saw
-            is old by then, which `timing` tells.
+        patience: seconds to go on trying while the server cannot be reached or is not ready: it may be starting anew.
         session: with it, a newer observation replaces one that still waits on the server.
-        max_age_ms: how old an observation may be when the policy gets it, from its arrival at the server on.
+        max_age_ms: how old an observation may be when the policy gets it, from the call of `infer` on; there are no
+            more tries when it is older.
     """
 
-    needs = ("images",)
+    needs: tuple[str, ...] = ("images",)
 
     def __init__(
         self,
@@ -63,56 +63,53 @@ class ActClient:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"Expected a server as http://host:port, got {url!r}.")
         self._parts, self._connection, self._lock = parts, None, threading.Lock()
-        self.unnorm_key, self.timeout, self.patience = unnorm_key, timeout, patience
+        self.unnorm_key, self.timeout, self.patience, self.max_age_ms = unnorm_key, timeout, patience, max_age_ms
         self._extra = {"unnorm_key": unnorm_key, "session": session, "max_age_ms": max_age_ms}
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
 
     def metadata(self) -> dict | None:
         """What the policy declares (`OpenVLAPolicy.metadata`); None from the original's, which does not tell."""
         query = f"?{urllib.parse.urlencode({'unnorm_key': self.unnorm_key})}" if self.unnorm_key else ""
-        status, answer = self._ask("GET", f"/metadata{query}")
+        status, _, answer = self._ask("GET", f"/metadata{query}", patience=self.patience)
         if status in (404, 405):
             return None
         return json.loads(self._checked(status, answer, "/metadata"))
+
+    def wait(self, seconds: float) -> None:
+        """Until the server acts; OSError or RuntimeError if it does not within `seconds`."""
+        status, _, answer = self._ask("GET", "/ready", patience=seconds)
+        if status not in (404, 405):  # the original's does not tell
+            self._checked(status, answer, "/ready")
 
     def infer(self, observation: dict) -> dict:
         """The action for one observation; see `OpenVLAPolicy.infer`.
 
         Args:
             observation: `images`: one, or of several cameras a list in the policy's order or a dict by their names,
-                uint8 `(H, W, 3)`; `instruction`; `proprio` `(P,)`, if the policy takes it.
+                uint8 `(H, W, 3)`; `instruction`; `proprio` `(P,)`, if the policy takes it; and if you like `seed`, for
+                heads that denoise.
 
-        Returns `actions` `(T, A)` float64, and `timing`: `round_trip_ms`, with all tries.
+        Returns `actions` `(T, A)` float64; `timing`: `round_trip_ms`, with all tries; and `clamped`, if the server
+        changed the action to keep it within limits.
 
         Raises ValueError for an observation that is none, RuntimeError if the server refuses or fails, or its answer
         is no finite array, OSError if it cannot be reached.
         """
-        images = observation["images"]
-        named = (
-            images
-            if isinstance(images, dict)
-            else dict(enumerate(images if isinstance(images, list | tuple) else [images]))
-        )
-        for image in named.values():
-            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
-                got = f"{image.shape} of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-                raise ValueError(f"Expected images as uint8 arrays (H, W, 3), got {got}.")
-        encoded = {name: _encode(image) for name, image in named.items()}
-        if len(encoded) == 1:
-            payload = {"image": next(iter(encoded.values()))}
-        else:
-            payload = {"images": encoded if isinstance(images, dict) else list(encoded.values())}
-        payload["instruction"] = observation["instruction"]
-        if observation.get("proprio") is not None:
-            payload["proprio"] = _encode(np.asarray(observation["proprio"], dtype=np.float64))
-        payload |= {name: value for name, value in self._extra.items() if value is not None}
-        start = time.perf_counter()
-        status, answer = self._ask("POST", "/act", json.dumps(payload).encode())
-        timing = {"round_trip_ms": 1000 * (time.perf_counter() - start)}
+        start = time.monotonic()
+        payload = self._payload(observation)
+        patience = self.patience if self.max_age_ms is None else min(self.patience, self.max_age_ms / 1000)
+
+        def body() -> bytes:
+            age = 1000 * (time.monotonic() - start)
+            return json.dumps(payload | ({"age_ms": age} if age > 1 and self.max_age_ms else {})).encode()
+
+        status, headers, answer = self._ask("POST", "/act", body, start, patience)
+        timing = {"round_trip_ms": 1000 * (time.monotonic() - start)}
         actions = _decode(json.loads(self._checked(status, answer, "/act")))
         if actions.ndim not in (1, 2) or not actions.size or not np.isfinite(actions).all():
             raise RuntimeError(f"{self.url}/act answered no finite (A,) or (T, A), but {actions.tolist()}.")
-        return {"actions": np.atleast_2d(actions), "timing": timing}
+        clamped = {"clamped": json.loads(headers["X-Clamped"])} if "X-Clamped" in headers else {}
+        return {"actions": np.atleast_2d(actions), "timing": timing, **clamped}
 
     async def infer_async(self, observation: dict) -> dict:
         """The same, while the event loop goes on."""
@@ -123,33 +120,60 @@ class ActClient:
         return [self.infer(observation) for observation in observations]
 
     def close(self) -> None:
-        """Of the connection; the next question opens another."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """Of the connection, when it is free; the next question opens another."""
+        with self._lock:
+            self._drop()
 
-    def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        """Status and content. A question that finds no server is asked again: it moves nothing."""
-        end = time.monotonic() + self.patience
+    def _payload(self, observation: dict) -> dict:
+        images = observation["images"]
+        in_order = images if isinstance(images, list | tuple) else [images]
+        named = images if isinstance(images, dict) else dict(enumerate(in_order))
+        for image in named.values():
+            if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3:
+                got = f"{image.shape} of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+                raise ValueError(f"Expected images as uint8 arrays (H, W, 3), got {got}.")
+        encoded = {name: _encode(image) for name, image in named.items()}
+        if len(encoded) == 1:  # as the original's protocol has it
+            payload = {"image": next(iter(encoded.values()))}
+        else:
+            payload = {"images": encoded if isinstance(images, dict) else list(encoded.values())}
+        payload["instruction"] = observation["instruction"]
+        if observation.get("proprio") is not None:
+            payload["proprio"] = _encode(np.asarray(observation["proprio"], dtype=np.float64))
+        if observation.get("seed") is not None:
+            payload["seed"] = np.asarray(observation["seed"]).tolist()
+        return payload | {name: value for name, value in self._extra.items() if value is not None}
+
+    def _ask(self, method: str, path: str, body=lambda: None, start: float | None = None, patience: float = 0.0):
+        """Status, headers and content. A question that finds no server that is ready is asked again: it moves nothing.
+
+        Args:
+            body: makes what is sent, for every try.
+            start: when patience begins, on the monotonic clock; None: now.
+        """
+        end = (time.monotonic() if start is None else start) + patience
         with self._lock:
             while True:
                 reused = self._connection is not None
                 try:
-                    return self._ask_once(method, path, body)
+                    answer = self._ask_once(method, path, body())
                 except TimeoutError:
-                    self.close()
+                    self._drop()
                     raise
                 except (OSError, http.client.HTTPException) as error:
-                    self.close()
+                    self._drop()
                     if reused:  # it was closed while it lay idle
                         continue
                     if time.monotonic() + WAIT > end:
                         if isinstance(error, OSError):
                             raise
                         raise ConnectionError(f"{self.url}{path} gave no answer of HTTP: {error!r}") from error
-                    time.sleep(WAIT)
+                else:
+                    if answer[0] != 503 or time.monotonic() + WAIT > end:
+                        return answer
+                time.sleep(WAIT)
 
-    def _ask_once(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+    def _ask_once(self, method: str, path: str, body: bytes | None) -> tuple[int, http.client.HTTPMessage, bytes]:
         if self._connection is None:
             where = (self._parts.hostname, self._parts.port)
             if self._parts.scheme == "https":
@@ -157,9 +181,18 @@ class ActClient:
                 self._connection = http.client.HTTPSConnection(*where, timeout=self.timeout, context=context)
             else:
                 self._connection = http.client.HTTPConnection(*where, timeout=self.timeout)
+            try:
+                self._connection.connect()
+            except TimeoutError as error:  # of a machine that is off, not of an answer that is late
+                raise ConnectionError(f"{self.url} cannot be reached within {self.timeout:g} s") from error
         self._connection.request(method, self._parts.path + path, body, self._headers)
         answer = self._connection.getresponse()
-        return answer.status, answer.read()
+        return answer.status, answer.headers, answer.read()
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _checked(self, status: int, answer: bytes, path: str) -> bytes:
         if status != 200:

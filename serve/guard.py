@@ -6,14 +6,15 @@ Nothing of a request is decoded before it has passed here. What does not pass ge
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
 import sys
+import time
 from urllib.parse import urlsplit
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-OPEN = ("/", "/page.js", "/health", "/healthz", "/ready")  # need no token over HTTP: they tell nothing of the policy
-LOCAL = ("127.0.0.1", "localhost", "::1")
+OPEN = ("/", "/page.js", "/health", "/healthz", "/ready")  # need no token over HTTP: they move nothing
 DISCARDED = 4  # times the largest body: as much of a larger one is read, to tell its sender why it is refused
 HEADERS_S, BODY_S = 10.0, 20.0  # seconds in which a request's headers and its body have to come
 
@@ -22,24 +23,30 @@ class Guard:
     """ASGI middleware.
 
     Args:
-        app: what is guarded.
+        app: what is guarded. Requests reach it with `arrived` in their scope: when their headers were there, on the
+            monotonic clock.
         tokens: any of them will do, as "Authorization: Bearer …" or "Api-Key …"; none: everybody may ask.
         max_body: bytes of a request.
         max_sockets: websockets at a time.
+        max_requests: requests that may be read at a time.
         only_local: the server is for this machine alone: other names of it come from a web page that was led astray
             (DNS rebinding).
     """
 
-    def __init__(self, app, tokens: tuple[str, ...], max_body: int, max_sockets: int, only_local: bool):
-        self.app, self.max_body, self.max_sockets, self.only_local = app, max_body, max_sockets, only_local
+    def __init__(
+        self, app, tokens: tuple[str, ...], max_body: int, max_sockets: int, max_requests: int, only_local: bool
+    ):
+        self.app, self.max_body, self.only_local = app, max_body, only_local
         self.tokens = [token.encode() for token in tokens]
-        self.sockets = 0
+        self.max_sockets, self.max_requests = max_sockets, max_requests
+        self.sockets = self.requests = 0
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        scope["arrived"] = time.monotonic()
         if refusal := self.check(scope["type"] == "http" and scope["path"] in OPEN, headers):
             if scope["type"] == "http" and self._length(headers) <= DISCARDED * self.max_body:
                 await self._discard(receive)
@@ -56,10 +63,10 @@ class Guard:
             is_open: no token is needed.
         """
         host = headers.get("host", "")
-        if self.only_local and _hostname(f"//{host}") not in LOCAL:
+        if self.only_local and not is_local(_hostname(f"//{host}") or ""):
             return 403, f"This server is for its own machine, as localhost; not as {host[:60]!r}."
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin.partition("://")[2] != host:
             return 403, "Web pages of other servers may not ask this one."
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = token.strip().encode("latin-1") if scheme.lower() in ("bearer", "api-key") else b""
@@ -84,6 +91,18 @@ class Guard:
                 await self._discard(receive)
             await _refuse(scope, send, 413, f"A request may have {self.max_body} bytes: send smaller pictures.")
             return
+        if self.requests >= self.max_requests and self._length(headers):
+            await self._discard(receive)
+            await _refuse(scope, send, 503, f"{self.requests} requests are being answered: ask less often.")
+            return
+        self.requests += 1
+        try:
+            await self._pass_whole(scope, receive, send)
+        finally:
+            self.requests -= 1
+
+    async def _pass_whole(self, scope, receive, send) -> None:
+        """A request whose body is read first, within limits of size and time."""
         try:
             body = await asyncio.wait_for(self._read(receive), BODY_S)
         except asyncio.TimeoutError:
@@ -168,6 +187,14 @@ class PatientProtocol(H11Protocol):
         self._timer = None
         if self._is_waiting():
             self.transport.close()
+
+
+def is_local(host: str) -> bool:
+    """Whether a name or an address is this machine's alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _hostname(url: str) -> str | None:

@@ -14,8 +14,12 @@ from openvla.serve.wire import Malformed
 INSTRUCTIONS = ("instruction", "prompt", "task_description", "task")
 STATES = ("proprio", "state", "states")
 ON_THE_ARM = ("wrist", "hand", "gripper")  # in the name of a camera
+# Names that say no more than that it is the picture that looks on, or the one on the arm: they may stand for a camera
+# that the policy calls otherwise, if it has one of the kind. "left" for "right" may not.
+ANY_MAIN = ("image", "full_image", "image_primary", "primary", "main", "rgb", "picture", "frame")
+ANY_ON_THE_ARM = ("wrist", "wrist_image", "image_wrist", "hand", "hand_image", "gripper_image")
 MAX_SIDE = 4096
-MAX_SEED = 2**63
+MAX_SEED, MAX_SEEDS = 2**63, 8
 
 
 def read_observation(content, metadata: dict, options: tuple[str, ...] = ()) -> dict:
@@ -32,14 +36,17 @@ def read_observation(content, metadata: dict, options: tuple[str, ...] = ()) -> 
     """
     if not isinstance(content, dict):
         raise Malformed(f"Expected an observation as a map, got {type(content).__name__}.")
-    fields = {name: value for name, value in _flatten(content) if name not in options}
+    fields = {name: value for name, value in flatten(content).items() if name not in options}
     observation = {"images": _pictures(fields, metadata), "instruction": _instruction(fields)}
     if metadata["proprio_dim"]:
         observation["proprio"] = check_state(_one(fields, STATES, "state of the robot"), metadata)
     if (seed := content.get("seed")) is not None:
-        if type(seed) is not int or not 0 <= seed < MAX_SEED:
-            raise Malformed(f"Expected a seed as an integer from 0, got {str(seed)[:40]}.")
-        observation["seed"] = seed
+        numbers = seed if isinstance(seed, list) else [seed]
+        if not 0 < len(numbers) <= MAX_SEEDS or not all(
+            type(each) is int and 0 <= each < MAX_SEED for each in numbers
+        ):
+            raise Malformed(f"Expected a seed as an integer from 0 or a list of some, got {str(seed)[:40]}.")
+        observation["seed"] = tuple(seed) if isinstance(seed, list) else seed
     return observation
 
 
@@ -78,43 +85,69 @@ def choose_pictures(pictures: dict[str, np.ndarray], cameras: list[str] | None, 
         cameras: the policy's, if its training wrote them down.
         count: of the policy's cameras.
 
-    By name if all are there. Otherwise as OpenVLA-OFT's server does it: first what looks on, then what sits on the
-    arm. Of either kind there must be as many as the policy has, and of cameras whose names are known one of a kind.
+    By the policy's names if all are there, whole or the last part of each. Otherwise general names such as "image" and
+    "wrist_image" stand for the one camera that looks on and the one on the arm. Policies whose cameras have no names
+    are asked as OpenVLA-OFT's server is: one that looks on, then those on the arm in the client's order.
     """
-    by_name = {_last(name): picture for name, picture in pictures.items()}
-    wanted = [_last(name) for name in cameras or []]
-    if wanted and len(by_name) == len(pictures) and set(wanted) <= set(by_name):
-        return [by_name[name] for name in wanted]
-    kinds = [_is_on_the_arm(name) for name in cameras or []] or [False] + [True] * (count - 1)
-    found = {kind: [name for name in pictures if _is_on_the_arm(name) is kind] for kind in (False, True)}
-    fits = all(kinds.count(kind) in (0, len(names)) for kind, names in found.items())
-    if not fits or (cameras is not None and max(kinds.count(False), kinds.count(True)) > 1):
+    if cameras is None:
+        main = [name for name in pictures if not is_on_the_arm(name)]
+        arm = [name for name in pictures if is_on_the_arm(name)]
+        chosen = [*main, *arm] if len(main) == 1 and len(arm) == count - 1 else main if count == len(main) == 1 else []
+    elif set(cameras) <= set(pictures):
+        chosen = cameras
+    else:
+        chosen = _by_last_names(pictures, cameras) or _by_general_names(pictures, cameras)
+    if not chosen:
         raise Malformed(
             f"The policy looks through {count} camera(s){f', {cameras}' if cameras else ''}; of the pictures "
             f"{list(pictures)[:20]} it is not clear which is which: send them as a list `images` in its order, or by "
             "its names."
         )
-    names = {kind: iter(found[kind]) for kind in found}
-    return [pictures[next(names[kind])] for kind in kinds]
+    return [pictures[name] for name in chosen]
+
+
+def _by_last_names(pictures: dict, cameras: list[str]) -> list[str]:
+    """The client's name for each camera; none if any is missing, or two have the same."""
+    given, wanted = [_last(name) for name in pictures], [_last(name) for name in cameras]
+    if len(set(wanted)) < len(wanted) or any(given.count(name) != 1 for name in wanted):
+        return []
+    names = dict(zip(given, pictures))
+    return [names[name] for name in wanted]
+
+
+def _by_general_names(pictures: dict, cameras: list[str]) -> list[str]:
+    kinds = [is_on_the_arm(name) for name in cameras]
+    general = {
+        False: [name for name in pictures if _last(name) in ANY_MAIN],
+        True: [name for name in pictures if _last(name) in ANY_ON_THE_ARM],
+    }
+    if len(cameras) == 1 and not general[kinds[0]]:  # the picture of the one camera, wherever that sits
+        return general[False] if len(pictures) == len(general[False]) == 1 else []
+    if len(set(kinds)) < len(kinds) or any(len(general[kind]) != 1 for kind in kinds):
+        return []
+    return [general[kind][0] for kind in kinds]
 
 
 def _pictures(fields: dict, metadata: dict) -> list[np.ndarray]:
     cameras, count = metadata["cameras"], metadata["num_cameras"]
+    arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+    pictures = {name: array for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim == 3}
     if isinstance(in_order := fields.get("images"), list):
         if len(in_order) != count or not all(isinstance(picture, np.ndarray) for picture in in_order):
             order = f" of the cameras {cameras}" if cameras else ""
             raise Malformed(f"Expected {count} picture(s){order} as a list, got {len(in_order)} entries.")
+        if pictures:
+            raise Malformed(
+                f"Beside the list `images` there are pictures {list(pictures)[:20]}: send one or the other."
+            )
         return [check_picture(picture, f"images[{index}]") for index, picture in enumerate(in_order)]
-    arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-    pictures = {name: array for name, array in arrays.items() if array.dtype == np.uint8 and array.ndim == 3}
     if not pictures:
         raise Malformed(
             "The observation has no picture, which is (H, W, 3) of uint8; its arrays are "
             f"{[f'{name} {array.shape} of {array.dtype}' for name, array in list(arrays.items())[:10]]}."
         )
     chosen = choose_pictures(pictures, cameras, count)
-    names = {id(picture): name for name, picture in pictures.items()}
-    return [check_picture(picture, names[id(picture)]) for picture in chosen]
+    return [check_picture(picture, "a picture") for picture in chosen]
 
 
 def _instruction(fields: dict) -> str:
@@ -138,20 +171,24 @@ def _one(fields: dict, names: tuple[str, ...], what: str):
     return next(iter(found.values()))
 
 
-def _flatten(content: dict, depth: int = 3):
-    """(name, value) of all that is in nested maps."""
+def flatten(content: dict, depth: int = 3) -> dict:
+    """All that is in nested maps, by names such as "observation/image"; Malformed for a name that is there twice."""
+    found: dict = {}
     for name, value in content.items():
         if not isinstance(name, str):
             raise Malformed(f"Expected names as text, got {str(name)[:40]!r}.")
-        if isinstance(value, dict) and depth:
-            yield from ((f"{name}/{inner}", each) for inner, each in _flatten(value, depth - 1))
-        else:
-            yield name, value
+        is_map = isinstance(value, dict) and depth
+        inner = {f"{name}/{key}": each for key, each in flatten(value, depth - 1).items()} if is_map else {name: value}
+        if twice := sorted(set(inner) & set(found)):
+            raise Malformed(f"{twice[0]!r} is there twice.")
+        found |= inner
+    return found
 
 
 def _last(name: str) -> str:
     return name.replace("/", ".").rpartition(".")[2]
 
 
-def _is_on_the_arm(name: str) -> bool:
+def is_on_the_arm(name: str) -> bool:
+    """Whether a camera's name says so."""
     return any(word in _last(name).lower() for word in ON_THE_ARM)

@@ -10,9 +10,10 @@ import time
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from openvla.serve.batching import Refused
+from openvla.serve.batching import Refused, Turn
 from openvla.serve.observations import read_observation
-from openvla.serve.service import Service, describe
+from openvla.serve.service import Left, Service, describe
+from openvla.serve.sockets import Messages
 from openvla.serve.wire import Malformed, read_msgpack, write_msgpack
 
 OPTIONS = ("unnorm_key", "seed")
@@ -21,39 +22,37 @@ OPTIONS = ("unnorm_key", "seed")
 async def openpi(websocket: WebSocket) -> None:
     """One client, from its connection to its leaving. `?unnorm_key=…` chooses the statistics."""
     service: Service = websocket.app.state.service
+    unnorm_key = websocket.query_params.get("unnorm_key")
     await websocket.accept()
     try:
-        metadata = service.metadata(websocket.query_params.get("unnorm_key"))
+        metadata = service.metadata(unnorm_key)
     except (Malformed, Refused) as error:
         metadata = {"unnorm_keys": list(service.backend.metadata), "note": str(error)}
     await websocket.send_bytes(write_msgpack(metadata, bytes_keys=True))
     previous: float | None = None
-    while True:
-        message = await websocket.receive()
-        if message["type"] == "websocket.disconnect":
-            return
-        start = time.perf_counter()
-        try:
-            with service.turn("openpi"):
-                reply = await _answer(service, message, websocket.query_params.get("unnorm_key"))
-                if previous is not None:
-                    reply["server_timing"]["prev_total_ms"] = previous
-                await websocket.send_bytes(write_msgpack(reply, bytes_keys=True))
-            previous = 1000 * (time.perf_counter() - start)
-        except (Refused, Malformed) as error:
-            status, words = describe(error)
-            await websocket.send_text(f"{status}: {words}")
-        except WebSocketDisconnect:
-            return
+    async with Messages(websocket) as messages:
+        async for message, arrived in messages:
+            try:
+                with service.answer_one("openpi", arrived):
+                    reply = await messages.while_there(_answer(service, message, arrived, unnorm_key))
+                    if previous is not None:
+                        reply["server_timing"]["prev_total_ms"] = previous
+                    await websocket.send_bytes(write_msgpack(reply, bytes_keys=True))
+                previous = 1000 * (time.monotonic() - arrived)
+            except (Left, WebSocketDisconnect):
+                return
+            except (Refused, Malformed) as error:
+                status, words = describe(error)
+                await websocket.send_text(f"{status}: {words}")
 
 
-async def _answer(service: Service, message: dict, unnorm_key: str | None) -> dict:
+async def _answer(service: Service, message: dict, arrived: float, unnorm_key: str | None) -> dict:
     content = await asyncio.to_thread(read_msgpack, service.take(message), service.settings.max_pixels)
     if not isinstance(content, dict):
         raise Malformed(f"Expected an observation as a map, got {type(content).__name__}.")
     metadata = service.metadata(content.get("unnorm_key", unnorm_key))
     observation = await asyncio.to_thread(read_observation, content, metadata, OPTIONS)
-    answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]})
+    answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]}, Turn(arrived))
     return {
         "actions": np.ascontiguousarray(answer["actions"]),
         "server_timing": {"infer_ms": answer["timing"]["infer_ms"]},

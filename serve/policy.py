@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openvla.serve.safety import STATISTICS, Limits, limits_of_statistics, read_limits
+from openvla.serve.safety import STATISTICS, Forbidden, Limits, limits_of_statistics, read_limits
 
 KEYS = {"images", "instruction", "proprio", "seed", "draft"}
 IMAGE_OPTIONS = ("center_crop_area", "jpeg_quality", "lanczos3_size")
@@ -82,6 +82,7 @@ class OpenVLAPolicy:
         num_cameras: int | None = None,
         quantize: str | None = None,
         compile_mode: str | None = None,
+        batch_sizes: tuple[int, ...] = (1,),
         any_key: bool = False,
         **options,
     ) -> "OpenVLAPolicy":
@@ -94,6 +95,7 @@ class OpenVLAPolicy:
             action_chunk, num_cameras: of folders that OpenVLA-OFT's training left, whose files do not tell.
             quantize: "int8" or another of `openvla.quantization.METHODS`: less memory, but lossy.
             compile_mode: of `model.compile_for_actions`, such as "reduce-overhead": takes a while, then acts sooner.
+            batch_sizes: numbers of observations at a time that are compiled.
             any_key: if there are several keys and none is named, take the first, to ask for others by
                 `with_statistics`.
             options: of the class.
@@ -109,7 +111,7 @@ class OpenVLAPolicy:
         known = [key for key in prefer if key in (model.norm_stats or {})]
         unnorm_key = unnorm_key or (known[0] if known else None)
         policy = cls(model, processor, unnorm_key, checkpoint=checkpoint, **options)
-        model.compile_for_actions(compile_mode)
+        model.compile_for_actions(compile_mode, batch_sizes=batch_sizes)
         return policy
 
     def with_statistics(self, unnorm_key: str) -> "OpenVLAPolicy":
@@ -130,11 +132,13 @@ class OpenVLAPolicy:
     def warm_up(self, batch: int = 1) -> float:
         """Acts on grey pictures, `batch` observations at once, until nothing more is set up; milliseconds of the last
         time."""
+        plain = copy.copy(self)  # what it says of nothing is nobody's action: no reason to refuse
+        plain.limits, plain.strict = [], False
         grey = np.full((*self.processor.image_processor.input_sizes[0][1:], 3), 127, dtype=np.uint8)
         state = {"proprio": np.zeros(self.model.config.proprio_dim)} if self.model.config.proprio_dim else {}
         observation = {"images": [grey] * self.processor.num_cameras, "instruction": "wait", **state}
         for _ in range(2):
-            timing = self.infer_batch([observation] * batch)[0]["timing"]
+            timing = plain.infer_batch([observation] * batch)[0]["timing"]
         return timing["preprocess_ms"] + timing["infer_ms"]
 
     @property
@@ -238,6 +242,14 @@ class OpenVLAPolicy:
 
     def infer_batch(self, observations: list[dict]) -> list[dict]:
         """The actions for several observations, in one pass; see `infer`. Each may have its own instruction."""
+        answers = self.try_batch(observations)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    def try_batch(self, observations: list[dict]) -> list[dict | RuntimeError]:
+        """The same; an action that is not finite or forbidden is the error in its place, not the others'."""
         import torch
 
         start = time.perf_counter()
@@ -260,24 +272,28 @@ class OpenVLAPolicy:
                 return_dict=True,
             )
         actions = result["actions"].reshape(len(observations), self.model.config.action_chunk, self.stats.dim)
-        if not np.isfinite(actions).all():
-            raise RuntimeError(f"An action holds NaN or infinity: {actions.tolist()}. Nothing was returned.")
         finished = time.perf_counter()
         timing = {"preprocess_ms": 1000 * (prepared - start), "infer_ms": 1000 * (finished - prepared)}
         timing |= {"batch_size": len(observations)}
         tokens = [name for name in ("token_ids", "replaced", "accepted") if name in result]  # by kind of policy
         passes = {} if draft is None else {"passes": result["passes"]}
         return [
-            {**self._limit(rows), **{name: result[name][row] for name in tokens}, **passes, "timing": timing}
+            self._check(rows, {**{name: result[name][row] for name in tokens}, **passes, "timing": timing})
             for row, rows in enumerate(actions)
         ]
 
-    def _limit(self, actions: np.ndarray) -> dict:
-        changed = []
+    def _check(self, actions: np.ndarray, rest: dict) -> dict | RuntimeError:
+        """The answer with `actions` `(T, A)` within the limits, or why there is none."""
+        if not np.isfinite(actions).all():
+            return RuntimeError(f"An action holds NaN or infinity: {actions.tolist()}. Nothing was returned.")
+        changed: list[dict] = []
         for limits in self.limits:
-            actions, beyond = limits.apply(actions)
+            try:
+                actions, beyond = limits.apply(actions)
+            except Forbidden as error:
+                return error
             changed += beyond
-        return {"actions": actions} | ({"clamped": changed} if self.limits else {})
+        return {"actions": actions, **rest} | ({"clamped": changed} if self.limits else {})
 
     def _drafts(self, observations: list[dict]) -> np.ndarray | None:
         """`(B, T·A)`, if every observation has one."""

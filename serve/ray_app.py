@@ -4,7 +4,9 @@ OPENVLA_TOKEN=secret serve run openvla.serve.ray_app:app checkpoint=openvla/open
 serve run openvla.serve.ray_app:app checkpoint=runs/my-robot num_gpus=0.5 max_replicas=4 max_batch=16
 
 `pip install "openvla[ray]"` brings Ray. The options are those of `Fleet`. Robots ask the same paths as of one server:
-/act, ws://…/ for openpi, ws://…/vla-eval, /metadata, /ready, /metrics. Replicas come and go with the load.
+/act, ws://…/ for openpi, ws://…/vla-eval, /metadata, /ready, /metrics. Replicas come and go with the load. Two things
+are Ray's own: its proxy closes websockets whose clients do not answer pings for 20 s, as simulators that block do; and
+a session's older observation is dropped only if the newer one meets it at the same replica.
 
 Which one: `openvla serve` for one machine, as it is a hop less; this for several GPUs or machines; vLLM's own OpenVLA
 for many tokens per second of openvla-7b's layout: it gives 7 token ids, and statistics, crops, chunks, limits and
@@ -14,15 +16,20 @@ protocols are left to its user.
 import asyncio
 import logging
 import os
+import time
 from dataclasses import dataclass, fields
+from typing import get_args
 
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
 
-from openvla.serve.batching import Failed, Refused, TimedOut
+from openvla.serve.batching import Busy, Failed, Refused, TimedOut, Turn
 from openvla.serve.metrics import Metrics
 from openvla.serve.server import create_app, start_logging
 from openvla.serve.service import LocalPolicy, NotFit, Service, Settings
+
+log = logging.getLogger("openvla.serve")
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,13 @@ class Fleet:
     """What to deploy.
 
     Args:
-        checkpoint, unnorm_key, dtype, quantize, clamp: see `openvla serve`.
+        checkpoint, unnorm_key, dtype, quantize, clamp, limits, action_chunk, num_cameras: see `openvla serve`.
         num_gpus: of each replica: 0 (CPU), 1, or a part of one, which replicas share.
         num_cpus: of each replica.
         min_replicas, max_replicas: Ray goes between them with the load.
         target_ongoing: observations per replica beyond which Ray starts another.
-        max_batch, max_wait_ms, max_queue, timeout_s, self_check: of each replica; see `Settings`.
+        max_batch, max_wait_ms, max_queue, timeout_s, max_age_ms, self_check: of each replica; see `Settings`.
+        without_token: everybody who reaches Ray's port may ask.
     """
 
     checkpoint: str
@@ -51,12 +59,17 @@ class Fleet:
     max_wait_ms: float = 0.0
     max_queue: int = 64
     timeout_s: float = 10.0
+    max_age_ms: float | None = None
     self_check: bool = True
     clamp: bool = True
+    limits: str | None = None
+    action_chunk: int | None = None
+    num_cameras: int | None = None
+    without_token: bool = False
 
     @property
     def settings(self) -> Settings:
-        names = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "self_check")
+        names = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "max_age_ms", "self_check")
         return Settings(**{name: getattr(self, name) for name in names})
 
 
@@ -67,10 +80,11 @@ class Replica:
         from openvla.serve.policy import OpenVLAPolicy
 
         start_logging(as_json=False, answers=False)
-        told = {"dtype": fleet.dtype, "quantize": fleet.quantize}
-        told |= {"clamp": fleet.clamp, "any_key": True}
-        policy = OpenVLAPolicy.from_pretrained(fleet.checkpoint, fleet.unnorm_key, **told)
-        self.backend, self.started = LocalPolicy(policy, fleet.settings, fleet.unnorm_key), None
+        names = ("dtype", "quantize", "clamp", "limits", "action_chunk", "num_cameras")
+        told = {name: getattr(fleet, name) for name in names}
+        only = fleet.limits is not None  # a robot's limits are in the units of one key
+        policy = OpenVLAPolicy.from_pretrained(fleet.checkpoint, fleet.unnorm_key, any_key=not only, **told)
+        self.backend, self.started = LocalPolicy(policy, fleet.settings, fleet.unnorm_key, only), None
 
     async def describe(self) -> tuple[dict, str | None] | NotFit:
         """`metadata` by key, and the default key, once the policy is checked and warm. What is wrong is returned: what
@@ -82,13 +96,13 @@ class Replica:
             return problem
         return self.backend.metadata, self.backend.default
 
-    async def infer(self, *turn) -> dict | Refused:
-        """See `Batcher.infer`."""
+    async def infer(self, observation: dict, session: str | None, age: float, max_age: float | None) -> dict | Refused:
+        """See `Turn`. Clocks of machines differ: what is passed is how old the observation was when it was sent."""
         problem = await self.describe()
         if isinstance(problem, NotFit):
             return Failed(str(problem))
         try:
-            return await self.backend.infer(*turn)
+            return await self.backend.infer(observation, Turn(session=session, age=age, max_age=max_age))
         except Refused as refusal:
             return refusal
 
@@ -105,21 +119,34 @@ class RemotePolicy:
         self.metadata, self.default = {}, None
 
     async def start(self, metrics: Metrics) -> None:
-        found = await self.replicas.describe.remote()
-        if isinstance(found, NotFit):
-            raise found
-        self.metadata, self.default = found
+        """Waits for a replica, however long that takes; NotFit if its policy must not act."""
+        while not self.metadata:
+            try:
+                found = await self.replicas.describe.remote()
+            except (RayError, RayServeException):
+                log.exception("no replica yet")
+                await asyncio.sleep(5.0)
+                continue
+            if isinstance(found, NotFit):
+                raise found
+            self.metadata, self.default = found
 
-    async def infer(self, *turn) -> dict:
+    async def infer(self, observation: dict, turn: Turn) -> dict:
+        left = turn.arrived + self.timeout - time.monotonic()
+        age = turn.age + time.monotonic() - turn.arrived
         try:
-            answer = await asyncio.wait_for(self.replicas.infer.remote(*turn), self.timeout)
+            asked = self.replicas.infer.remote(observation, turn.session, age, turn.max_age)
+            answer = await asyncio.wait_for(asked, max(0.0, left))
         except asyncio.TimeoutError:
             raise TimedOut(f"There was no action within {self.timeout:g} s.") from None
-        except RayError as error:
-            logging.getLogger("openvla.serve").exception("a replica failed")
+        except BackPressureError:
+            raise Busy("All replicas have as much as they take: ask less often, or start more.") from None
+        except (RayError, RayServeException) as error:
+            log.exception("a replica failed")
             raise Failed("A replica failed; its log tells why.") from error
         if isinstance(answer, Refused):
             raise answer
+        turn.check()  # the way to the replica and back took its time, too
         return answer
 
     def stop(self) -> None:
@@ -139,25 +166,40 @@ class Front:
         return create_app(self.service, self.tokens)
 
 
-def app(options: dict[str, str]):
+def app(options: dict):
     """What `serve run openvla.serve.ray_app:app name=value …` deploys; ValueError for an option that is none."""
-    kinds = {field.name: field.type for field in fields(Fleet)}
+    kinds = {field.name: (*get_args(field.type), field.type)[0] for field in fields(Fleet)}  # of "float | None" float
     if unknown := sorted(set(options) - set(kinds)):
         raise ValueError(f"Unknown options {unknown}; there are {sorted(kinds)}.")
     if "checkpoint" not in options:
         raise ValueError("Say which policy: checkpoint=PATH_OR_ID.")
-    read = {int: int, float: float, bool: lambda text: text.lower() in ("true", "1", "yes")}
-    fleet = Fleet(**{name: read.get(kinds[name], str)(value) for name, value in options.items()})
+    fleet = Fleet(**{name: read_option(name, value, kinds[name]) for name, value in options.items()})
+    token = os.environ.get("OPENVLA_TOKEN")
+    if not token and not fleet.without_token:
+        raise ValueError("Whoever can ask moves your robots: OPENVLA_TOKEN=secret serve run …, or without_token=true.")
     scaling = {
         "min_replicas": fleet.min_replicas,
         "max_replicas": fleet.max_replicas,
         "target_ongoing_requests": fleet.target_ongoing,
     }
     share = {"num_cpus": fleet.num_cpus, "num_gpus": fleet.num_gpus}
-    most = fleet.max_batch + fleet.max_queue
     replicas = serve.deployment(
-        Replica, autoscaling_config=scaling, ray_actor_options=share, max_ongoing_requests=most
+        Replica,
+        autoscaling_config=scaling,
+        ray_actor_options=share,
+        max_ongoing_requests=fleet.max_batch + fleet.max_queue,
+        max_queued_requests=fleet.max_queue,
     ).bind(fleet)
-    token = os.environ.get("OPENVLA_TOKEN")
     front = serve.deployment(Front, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1024)
     return front.bind(replicas, fleet, (token,) if token else ())
+
+
+def read_option(name: str, value, kind: type):
+    """Of a command line, where everything is text, or of YAML; ValueError if it is of another kind."""
+    if kind is bool and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.lower(), value)
+    if kind in (int, float) and isinstance(value, str):
+        return kind(value)
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError(f"Expected {name}=true or {name}=false, got {value!r}.")
+    return value

@@ -10,8 +10,9 @@ Requests are told apart by what is in them; the Content-Type does not matter, as
 
 Several cameras come as `images`, by name or as a list in the policy's order. Whoever wraps a request as
 {"encoded": its JSON as text} gets the answer as JSON in text, too. Any of them may hold `session` (text: a newer
-observation replaces one that waits), `timestamp` (seconds since 1970, when the picture was taken), `max_age_ms`, and
-`seed` for heads that denoise. Failures are 4xx and 5xx with {"error": text}, never 200.
+observation replaces one that waits), `timestamp` (seconds since 1970, when the picture was taken) or `age_ms` (its age
+when it was sent), `max_age_ms`, and `seed` for heads that denoise. What was clamped the header X-Clamped tells, as
+JSON. Failures are 4xx and 5xx with {"error": text}, never 200.
 Source: vla-scripts/deploy.py of openvla and openvla-oft.
 """
 
@@ -19,7 +20,6 @@ import asyncio
 import base64
 import io
 import json
-import math
 import time
 
 import numpy as np
@@ -27,37 +27,47 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from openvla.serve.batching import Refused
+from openvla.serve.batching import Refused, Turn
 from openvla.serve.drawing import draw_motion
 from openvla.serve.observations import read_observation
-from openvla.serve.service import Service, describe
+from openvla.serve.service import Service, describe, unless
 from openvla.serve.wire import Malformed, Pictures, read_json, write_json_numpy
 
-OPTIONS = ("unnorm_key", "session", "timestamp", "max_age_ms", "seed")
+OPTIONS = ("unnorm_key", "session", "timestamp", "age_ms", "max_age_ms", "seed", "draw")
 AHEAD = 1.0  # seconds that a robot's clock may be ahead of ours
 SESSION = 200  # characters
+LATEST = 1e12  # of numbers that are times
 
 
 async def act(request: Request) -> Response:
     """One observation, one chunk."""
     service: Service = request.app.state.service
+    arrived = request.scope["arrived"]
     try:
-        with service.turn("rest"):
+        with service.answer_one("rest", arrived):
             body = await request.body()
             content, encoded = await asyncio.to_thread(_read, body)
             metadata = service.metadata(content.get("unnorm_key"))
             observation, plain = await asyncio.to_thread(_observe, content, metadata, service.settings.max_pixels)
-            answer = await service.act(observation, **_read_turn(content))
+            turn = _read_turn(content, arrived)
+            answer = await unless(_leaves(request), service.act(observation, turn))
             style = "plain" if plain else "oft" if "full_image" in content else "original"
             reply = _write(answer, metadata, style)
             if plain and content.get("draw"):
                 reply["drawing"] = await asyncio.to_thread(_draw, observation["images"][0], reply, metadata)
             text = json.dumps(reply)
-            return Response(json.dumps(text) if encoded else text, media_type="application/json")
+            clamped = {"X-Clamped": json.dumps(answer["clamped"])} if answer.get("clamped") else None
+            return Response(json.dumps(text) if encoded else text, 200, clamped, "application/json")
     except (Refused, Malformed) as error:
         status, words = describe(error)
         headers = {"Retry-After": "1"} if status == 503 else None
         return JSONResponse({"error": words}, status, headers)
+
+
+async def _leaves(request: Request) -> None:
+    """Ends when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def reset(request: Request) -> Response:
@@ -96,18 +106,22 @@ def _observe(content: dict, metadata: dict, max_pixels: int) -> tuple[dict, bool
     return observation | {"unnorm_key": metadata["unnorm_key"]}, plain
 
 
-def _read_turn(content: dict) -> dict:
-    """`session`, `age` and `max_age` in seconds, as `Service.act` takes them."""
-    session, taken, allowed = (content.get(name) for name in ("session", "timestamp", "max_age_ms"))
+def _read_turn(content: dict, arrived: float) -> Turn:
+    session = content.get("session")
     if session is not None and (not isinstance(session, str) or len(session) > SESSION):
         raise Malformed(f"Expected a session as text of up to {SESSION} characters.")
-    for name, value in (("timestamp", taken), ("max_age_ms", allowed)):
-        if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
+    times = {name: content.get(name) for name in ("timestamp", "age_ms", "max_age_ms")}
+    for name, value in times.items():
+        if value is not None and (type(value) not in (int, float) or not 0 <= value < LATEST):
             raise Malformed(f"Expected {name} as a number from 0, got {str(value)[:40]}.")
-    age = 0.0 if taken is None else time.time() - taken
-    if age < -AHEAD:
-        raise Malformed(f"timestamp is {-age:.1f} s in the future: set the robot's clock, or leave it out.")
-    return {"session": session, "age": max(age, 0.0), "max_age": None if allowed is None else allowed / 1000}
+    on_the_way = (times["age_ms"] or 0) / 1000
+    if times["timestamp"] is not None:
+        since = time.time() - times["timestamp"] - (time.monotonic() - arrived)  # when it arrived
+        if since < -AHEAD:
+            raise Malformed(f"timestamp is {-since:.1f} s in the future: set the robot's clock, or leave it out.")
+        on_the_way = max(since, on_the_way)
+    allowed = times["max_age_ms"]
+    return Turn(arrived, session, on_the_way, None if allowed is None else allowed / 1000)
 
 
 def _draw(picture: np.ndarray, reply: dict, metadata: dict) -> str:

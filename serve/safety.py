@@ -68,7 +68,8 @@ class Limits:
 
 
 def limits_of_statistics(stats, bounds: dict, names: list[str]) -> Limits:
-    """The range of the training data: of normalised dims what -1 … 1 stands for, of others least and greatest.
+    """The range of the training data: 1st to 99th percentile of dims that were clipped to it; of others, which are not
+    normalised or not by the scheme "q99", least and greatest value.
 
     Args:
         stats: `ActionStats` of a dataset.
@@ -78,7 +79,7 @@ def limits_of_statistics(stats, bounds: dict, names: list[str]) -> Limits:
     if not known:
         raise ValueError(f"There is no range to clamp to: the statistics hold only {sorted(bounds)}.")
     full = known[-1]
-    usual = full if stats.scheme == "min_max" else known[0]
+    usual = known[0] if stats.scheme == "q99" else full
     low, high = (np.where(stats.mask, bounds[usual[end]], bounds[full[end]]).astype(np.float64) for end in (0, 1))
     return Limits(low, high, list(names), STATISTICS)
 

@@ -31,6 +31,7 @@ from openvla.cli import command_parser
 
 log = logging.getLogger("openvla.serve")
 MAX_SOCKETS = 256
+MORE_REQUESTS = 16  # at a time than observations that can be answered, for /health and the like
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src blob:; connect-src 'self'; frame-ancestors 'none'",
@@ -73,6 +74,11 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--timeout-s", type=float, default=10.0, help="from arrival to action; beyond: 504")
     arguments.add_argument("--max-age-ms", type=float, help="how old an observation may be at its turn; beyond: 410")
     arguments.add_argument("--max-body-mb", type=float, default=16.0, help="of a request or a message; beyond: 413")
+    arguments.add_argument("--max-pixels", type=int, default=8 * 2**20, help="of an observation's picture files")
+    arguments.add_argument(
+        "--execute", type=int, metavar="STEPS", help="of a chunk, before vla-eval's clients get another; default: all"
+    )
+    arguments.add_argument("--num-denoising-steps", type=int, metavar="COUNT", help="of heads that denoise")
     arguments.add_argument("--patience-s", type=float, default=10.0, help="at the end, for what is being answered")
     arguments.add_argument("--no-check", action="store_true", help="do not check at the start that the policy is fit")
     arguments.add_argument("--log-json", action="store_true", help="one JSON object per line")
@@ -85,6 +91,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     args = parser().parse_args(argv)
     tokens = read_tokens(args.token_file)
+    from openvla.serve.guard import is_local
+
     if not is_local(args.host) and not tokens:
         raise ValueError(
             f"--host {args.host} lets others ask: give --token-file, or OPENVLA_TOKEN in the environment. Whoever can "
@@ -105,11 +113,17 @@ def main(argv: list[str]) -> None:
         image_options=crop,
         strict=args.strict,
         seed=args.seed,
+        num_denoising_steps=args.num_denoising_steps,
+        batch_sizes=tuple(range(1, args.max_batch + 1)),
         clamp=not args.no_clamp,
         limits=args.limits,
         any_key=args.limits is None,
         **told,
     )
+    if (args.execute or 1) > policy.model.config.action_chunk:
+        raise ValueError(
+            f"--execute {args.execute}: this policy's chunks have {policy.model.config.action_chunk} steps."
+        )
     service = Service(LocalPolicy(policy, settings, args.unnorm_key, only=args.limits is not None), settings)
     certificate = {"ssl_certfile": args.ssl_certfile, "ssl_keyfile": args.ssl_keyfile}
     make_server(service, tokens, args.host, args.port, **certificate).run()
@@ -118,10 +132,7 @@ def main(argv: list[str]) -> None:
 def read_settings(args):
     from openvla.serve.service import Settings
 
-    for name in ("max_batch", "max_queue", "timeout_s", "max_body_mb"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}.")
-    names = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "max_age_ms", "patience_s")
+    names = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "max_age_ms", "max_pixels", "patience_s", "execute")
     given = {name: getattr(args, name) for name in names}
     return Settings(**given, max_body=int(args.max_body_mb * 2**20), self_check=not args.no_check)
 
@@ -135,12 +146,8 @@ def read_tokens(file: Path | None) -> tuple[str, ...]:
     return tokens
 
 
-def is_local(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def create_app(service, tokens: tuple[str, ...] = (), only_local: bool = False):
-    """The ASGI application: all protocols, behind the guard. The service starts and drains with it.
+    """The ASGI application: all protocols, behind the guard. The service starts and stops with it.
 
     Args:
         tokens, only_local: see `Guard`.
@@ -211,7 +218,8 @@ def create_app(service, tokens: tuple[str, ...] = (), only_local: bool = False):
     ]
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={500: failed})
     app.state.service = service
-    return Guard(app, tokens, service.settings.max_body, MAX_SOCKETS, only_local)
+    most = service.settings.max_queue + 2 * service.settings.max_batch + MORE_REQUESTS
+    return Guard(app, tokens, service.settings.max_body, MAX_SOCKETS, most, only_local)
 
 
 def make_server(service, tokens: tuple[str, ...] = (), host: str = "127.0.0.1", port: int = 8000, **options):
@@ -222,7 +230,7 @@ def make_server(service, tokens: tuple[str, ...] = (), host: str = "127.0.0.1", 
     """
     import uvicorn
 
-    from openvla.serve.guard import PatientProtocol
+    from openvla.serve.guard import PatientProtocol, is_local
 
     class Server(uvicorn.Server):
         """Answers what is asked before it ends: uvicorn alone drops websockets at once."""

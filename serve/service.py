@@ -9,11 +9,14 @@ await service.drain()
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
 
-from openvla.serve.batching import Batcher, Busy, Refused
+from openvla.serve.batching import Batcher, Busy, Refused, Turn
 from openvla.serve.metrics import Metrics
+from openvla.serve.safety import STATISTICS
 from openvla.serve.wire import Malformed
 
 log = logging.getLogger("openvla.serve")
@@ -33,6 +36,9 @@ class Settings:
         max_pixels: of all pictures of an observation that come as files.
         patience_s: at the end, for what is being answered.
         self_check: `doctor`'s checks at the start.
+        execute: actions of each chunk that vla-eval's clients get before the policy is asked again; None: all.
+
+    Raises ValueError for what cannot be.
     """
 
     max_batch: int = 8
@@ -44,6 +50,15 @@ class Settings:
     max_pixels: int = 8 * 2**20
     patience_s: float = 10.0
     self_check: bool = True
+    execute: int | None = None
+
+    def __post_init__(self):
+        for name in ("max_batch", "max_queue", "timeout_s", "max_age_ms", "max_body", "max_pixels", "execute"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}.")
+        for name in ("max_wait_ms", "patience_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}.")
 
 
 class NotFit(RuntimeError):
@@ -54,6 +69,12 @@ class TooLarge(Refused):
     """More bytes than are read."""
 
     status = 413
+
+
+class Left(Refused):
+    """Nobody waits for the answer any more."""
+
+    status = 499
 
 
 class LocalPolicy:
@@ -92,23 +113,26 @@ class LocalPolicy:
             if failed := [f"{check.name}: {check.detail}" for check in checks if check.status == FAILED]:
                 raise NotFit(f"This policy is not fit to act. {'; '.join(failed)}")
         for size in sorted({1, self.settings.max_batch}):
-            log.info("warm: %d observation(s) in %.1f ms", size, policy.warm_up(size))
+            milliseconds = policy.warm_up(size)
+            log.info("warm: %d observation(s) in %.1f ms", size, milliseconds)
+            if milliseconds > 1000 * self.settings.timeout_s:
+                log.warning("that is longer than the timeout of %g s: most will get none", self.settings.timeout_s)
 
-    def infer_batch(self, observations: list[dict]) -> list[dict]:
+    def infer_batch(self, observations: list[dict]) -> list[dict | Exception]:
         """Those with the same statistics in one pass."""
-        answers: list[dict] = [{}] * len(observations)
+        answers: list = [None] * len(observations)
         keys = [observation["unnorm_key"] for observation in observations]
         for key in dict.fromkeys(keys):
             places = [place for place, each in enumerate(keys) if each == key]
             batch = [{**observations[place]} for place in places]
             for observation in batch:
                 del observation["unnorm_key"]
-            for place, answer in zip(places, self.policies[key].infer_batch(batch)):
+            for place, answer in zip(places, self.policies[key].try_batch(batch)):
                 answers[place] = answer
         return answers
 
-    async def infer(self, observation: dict, session: str | None, age: float, max_age: float | None) -> dict:
-        return await self.batcher.infer(observation, session, age, max_age)
+    async def infer(self, observation: dict, turn: Turn) -> dict:
+        return await self.batcher.infer(observation, turn)
 
     def stop(self) -> None:
         self.batcher.stop()
@@ -124,7 +148,8 @@ class Service:
     def __init__(self, backend, settings: Settings):
         self.backend, self.settings, self.metrics = backend, settings, Metrics()
         self.problem: str | None = "The policy is being checked and warmed up."  # why it is not ready
-        self.answering = 0  # observations whose answers are not sent yet
+        self.stopping = False
+        self.answering = 0  # observations that are read, decoded, waiting, or whose answers are being sent
 
     @property
     def ready(self) -> bool:
@@ -138,13 +163,15 @@ class Service:
             self.problem = str(error) if isinstance(error, NotFit) else "It failed; the server's log tells why."
             log.exception("not ready")
             return
+        if self.stopping:
+            return
         self.problem = None
         self.metrics.ready.set(1)
         log.info("ready")
 
     async def drain(self) -> None:
         """Takes nothing more, and waits until all answers are sent, as long as the settings' patience lasts."""
-        self.problem = "The server is about to stop."
+        self.stopping, self.problem = True, "The server is about to stop."
         self.metrics.ready.set(0)
         end = time.monotonic() + self.settings.patience_s
         while self.answering and time.monotonic() < end:
@@ -172,19 +199,31 @@ class Service:
             raise TooLarge(f"A message may have {self.settings.max_body} bytes: send smaller pictures.")
         return message["bytes"]
 
+    def admit(self) -> None:
+        """Busy if there is no use in reading another observation."""
+        if not self.ready:
+            raise Busy(f"Not ready. {self.problem}")
+        if self.answering > self.settings.max_queue + 2 * self.settings.max_batch:
+            raise Busy(f"{self.answering} observations are being answered: ask less often, or start more servers.")
+
     @contextlib.contextmanager
-    def turn(self, protocol: str):
-        """Around everything from an observation's arrival to its answer's departure: counts, times, logs."""
+    def answer_one(self, protocol: str, arrived: float):
+        """Around everything from an observation's arrival on: admits, counts, times, logs.
+
+        Args:
+            arrived: on the monotonic clock.
+        """
         self.answering += 1
         self.metrics.in_flight.inc()
-        start, outcome = time.perf_counter(), "ok"
+        outcome = "ok"
         try:
+            self.admit()
             yield
         except BaseException as error:
             outcome = type(error).__name__
             raise
         finally:
-            seconds = time.perf_counter() - start
+            seconds = time.monotonic() - arrived
             self.answering -= 1
             self.metrics.in_flight.dec()
             self.metrics.note_answer(protocol, outcome, seconds)
@@ -194,24 +233,35 @@ class Service:
             )
             log.log(level, "%s %s in %.1f ms", protocol, outcome, 1000 * seconds, extra=facts | {"ms": 1000 * seconds})
 
-    async def act(
-        self, observation: dict, session: str | None = None, age: float = 0.0, max_age: float | None = None
-    ) -> dict:
+    async def act(self, observation: dict, turn: Turn) -> dict:
         """The answer of `OpenVLAPolicy.infer`; raises one of `Refused`.
 
         Args:
             observation: of `OpenVLAPolicy.infer`, with its `unnorm_key`.
-            session, age, max_age: see `Batcher.infer`.
         """
-        if not self.ready:  # any more
-            raise Busy(f"Not ready. {self.problem}")
-        if max_age is None and self.settings.max_age_ms is not None:
-            max_age = self.settings.max_age_ms / 1000
-        answer = await self.backend.infer(observation, session, age, max_age)
+        if turn.max_age is None and self.settings.max_age_ms is not None:
+            turn = replace(turn, max_age=self.settings.max_age_ms / 1000)
+        answer = await self.backend.infer(observation, turn)
         if changed := answer.get("clamped"):
             self.metrics.clamped.inc()
-            log.warning("clamped", extra={"clamped": changed, "unnorm_key": observation["unnorm_key"]})
+            by_robot = any(each["limits"] != STATISTICS for each in changed)
+            told = ", ".join(f"{each['dim']} {each['wanted']:.4g} to {each['bound']:.4g}" for each in changed)
+            facts = {"clamped": changed, "unnorm_key": observation["unnorm_key"]}
+            log.log(logging.WARNING if by_robot else logging.DEBUG, "clamped: %s", told, extra=facts)
         return answer
+
+
+async def unless(gone: Coroutine, work: Coroutine):
+    """What `work` returns; Left, and `work` is given up, if `gone` ends first."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise Left("The client left.")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def describe(error: Refused | Malformed) -> tuple[int, str]:

@@ -13,9 +13,10 @@ import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from openvla.serve.action_queue import ActionQueue
-from openvla.serve.batching import Refused
-from openvla.serve.observations import read_observation
-from openvla.serve.service import Service, describe
+from openvla.serve.batching import Refused, Turn
+from openvla.serve.observations import is_on_the_arm, read_observation
+from openvla.serve.service import Left, Service, describe
+from openvla.serve.sockets import Messages
 from openvla.serve.wire import Malformed, read_msgpack, write_msgpack
 
 PROTOCOL = 1
@@ -34,54 +35,52 @@ async def vla_eval(websocket: WebSocket) -> None:
     """One client, from its connection to its leaving. `?unnorm_key=…` chooses the statistics."""
     service: Service = websocket.app.state.service
     unnorm_key = websocket.query_params.get("unnorm_key")
-    queue = ActionQueue(_Received())
+    queue = ActionQueue(_Received(), service.settings.execute)
     await websocket.accept()
-    while True:
-        frame = await websocket.receive()
-        if frame["type"] == "websocket.disconnect":
-            return
-        seq = 0
-        try:
-            with service.turn("vla-eval"):
+    async with Messages(websocket) as messages:
+        async for frame, arrived in messages:
+            seq = 0
+            try:
                 content = await asyncio.to_thread(_read, service.take(frame), service.settings.max_pixels)
-                seq = content["seq"]
-                metadata = service.metadata(unnorm_key)
-                kind, payload = await _answer(service, content, metadata, queue)
-                if kind:
-                    await websocket.send_bytes(_message(kind, payload, seq))
-        except (Refused, Malformed) as error:
-            queue.reset()  # a robot must not go on with what was planned before
-            status, words = describe(error)
-            await websocket.send_bytes(_message("error", {"error": f"{status}: {words}"}, seq))
-        except WebSocketDisconnect:
-            return
+                kind, payload, seq = content["type"], content["payload"], content["seq"]
+                if kind == "observation":
+                    with service.answer_one("vla-eval", arrived):
+                        work = _act(service, payload, service.metadata(unnorm_key), queue, arrived)
+                        reply = {"actions": await messages.while_there(work)}
+                        await websocket.send_bytes(_message("action", reply, seq))
+                elif kind == "hello":
+                    await websocket.send_bytes(_message("hello", describe_policy(service.metadata(unnorm_key)), seq))
+                elif kind in ("episode_start", "episode_end"):  # which get no answer
+                    queue.reset()
+                else:
+                    raise Malformed(
+                        f"Expected hello, observation, episode_start or episode_end, got {str(kind)[:40]!r}."
+                    )
+            except (Left, WebSocketDisconnect):
+                return
+            except (Refused, Malformed) as error:
+                queue.reset()  # a robot must not go on with what was planned before
+                status, words = describe(error)
+                await websocket.send_bytes(_message("error", {"error": f"{status}: {words}"}, seq))
 
 
-async def _answer(service: Service, content: dict, metadata: dict, queue: ActionQueue) -> tuple[str | None, dict]:
-    """Type and payload of the reply; None if there is none."""
-    kind, payload = content["type"], content["payload"]
-    if kind == "hello":
-        return "hello", describe_policy(metadata)
-    if kind in ("episode_start", "episode_end"):
-        queue.reset()
-        return None, {}
-    if kind != "observation":
-        raise Malformed(f"Expected hello, observation, episode_start or episode_end, got {str(kind)[:40]!r}.")
+async def _act(service: Service, payload: dict, metadata: dict, queue: ActionQueue, arrived: float) -> np.ndarray:
+    """`(A,)` float32 of this step, as the harness has it; the policy is asked when the chunk is at its end."""
     answer = None
     if queue.needs_observation:
         observation = await asyncio.to_thread(read_observation, payload, metadata)
-        answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]})
-    return "action", {"actions": to_harness(queue.act(answer), metadata).astype(np.float32)}
+        answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]}, Turn(arrived))
+    return to_harness(queue.act(answer), metadata).astype(np.float32)
 
 
 def describe_policy(metadata: dict) -> dict:
     """Payload of a hello: the harness compares it with its benchmark, and sends what `observation_params` ask for."""
     from openvla import __version__
 
-    names = [name.rpartition(".")[2] for name in metadata["cameras"] or ["image", "wrist_image"]]
-    names = names[: metadata["num_cameras"]]
+    cameras = metadata["cameras"] or ["image", *["wrist_image"] * (metadata["num_cameras"] - 1)]
+    names = [name.rpartition(".")[2] for name in cameras]
     specs = {name: {"name": name, "dims": 0, "format": "rgb_hwc_uint8"} for name in names}
-    params = {"send_wrist_image": True} if metadata["num_cameras"] > 1 else {}
+    params = {"send_wrist_image": True} if metadata["num_cameras"] > 1 or is_on_the_arm(names[0]) else {}
     if metadata["proprio_dim"]:
         specs["state"] = {"name": "state", "dims": metadata["proprio_dim"], "format": "eef_pos3_axisangle3_gripper2"}
         params |= {"send_state": True, "quat_no_antipodal": True}
@@ -94,7 +93,8 @@ def describe_policy(metadata: dict) -> dict:
         "observation_params": params,
         "observation_spec": specs,
     }
-    if [dim["name"] for dim in metadata["action_dims"]] == END_EFFECTOR:
+    dims = metadata["action_dims"]
+    if [dim["name"] for dim in dims] == END_EFFECTOR and dims[-1]["unit"] == OPENS:
         hello["action_spec"] = {
             "position": {"name": "position", "dims": 3, "format": "delta_xyz", "range": [-1.0, 1.0]},
             "rotation": {"name": "rotation", "dims": 3, "format": "axis_angle", "range": [-3.15, 3.15]},

@@ -13,13 +13,14 @@ Everything that is wrong raises Malformed, with words for whoever sent it.
 import base64
 import json
 import math
+import re
 
 import msgpack
 import numpy as np
 
 from openvla.serve.handler import decode_file, decode_image
 
-KINDS = "biuf"  # of arrays: never objects, text or dates
+NUMBERS = re.compile(r"[|<>=]?(\?|[biuf]\d{1,2})|bool|u?int\d{1,2}|float\d{2}")  # never objects, text or dates
 MAX_DIMS = 4
 MAX_DEPTH, MAX_ENTRIES = 16, 20_000  # of a message
 
@@ -32,10 +33,10 @@ class Malformed(ValueError):
 def read_array(data, dtype, shape) -> np.ndarray:
     """A view of `data`."""
     try:
-        kind = np.dtype(dtype) if isinstance(dtype, str) and len(dtype) < 16 else None
-    except (TypeError, ValueError):
+        kind = np.dtype(dtype) if isinstance(dtype, str) and NUMBERS.fullmatch(dtype) else None
+    except TypeError:
         kind = None
-    if kind is None or kind.kind not in KINDS or kind.subdtype:
+    if kind is None:
         raise Malformed(f"Expected an array of numbers, got one of dtype {str(dtype)[:40]!r}.")
     sizes = list(shape) if isinstance(shape, list | tuple) else None
     if sizes is None or len(sizes) > MAX_DIMS or not all(type(size) is int and 0 <= size < 2**31 for size in sizes):
@@ -62,7 +63,10 @@ class Pictures:
             raise Malformed(f"Expected the file of a picture, got {type(file).__name__}.")
         decode = decode_file if isinstance(file, bytes) else decode_image
         try:
-            picture = np.asarray(decode(file, self.left).convert("RGB"))
+            image = decode(file, self.left)
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                raise Malformed(f"A picture has 8 bits per channel, got {image.mode}: depth is no picture.")
+            picture = np.asarray(image.convert("RGB"))
         except ValueError as error:
             raise Malformed(str(error)) from None
         self.left -= picture.shape[0] * picture.shape[1]
@@ -76,13 +80,16 @@ def read_json(body: bytes | str):
     def refuse(text: str):
         raise Malformed(f"{text} is no number of JSON.")
 
+    marks = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
+    if sum(body.count(mark) for mark in marks) > MAX_ENTRIES:  # before any is made
+        raise Malformed(f"More than {MAX_ENTRIES} entries are no observation; pictures come as base64.")
     try:
         content = json.loads(body, parse_constant=refuse, object_hook=_json_numpy)
     except Malformed:
         raise
     except (ValueError, RecursionError) as error:
         raise Malformed(f"Expected JSON, got {body[:40]!r}… ({error}).") from None
-    return check_size(content)
+    return check_depth(content)
 
 
 def _json_numpy(content: dict):
@@ -103,21 +110,35 @@ def write_json_numpy(array: np.ndarray) -> dict:
 # --- MessagePack -----------------------------------------------------------------------------------------------------
 def read_msgpack(body: bytes, max_pixels: int):
     """The content, with openpi's and vla-eval's arrays and pictures."""
-    pictures = Pictures(max_pixels)
+    pictures, left = Pictures(max_pixels), MAX_ENTRIES
+
+    def count(entries: int) -> None:
+        nonlocal left
+        left -= 1 + entries
+        if left < 0:
+            raise Malformed(f"More than {MAX_ENTRIES} entries are no observation.")
 
     def refuse(code: int, data: bytes):
         raise Malformed(f"Extension type {code} of MessagePack is not understood.")
 
     def unpack(content: dict):
+        count(len(content))
         return _packed(content, pictures)
 
+    def unpack_list(content: list):
+        count(len(content))
+        return content
+
+    most = {"max_array_len": MAX_ENTRIES, "max_map_len": MAX_ENTRIES}
+    hooks = {"object_hook": unpack, "list_hook": unpack_list, "ext_hook": refuse}
+
     try:
-        content = msgpack.unpackb(body, raw=False, strict_map_key=False, object_hook=unpack, ext_hook=refuse)
+        content = msgpack.unpackb(body, raw=False, strict_map_key=False, **hooks, **most)
     except Malformed:
         raise
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException, RecursionError) as error:
         raise Malformed(f"Expected MessagePack, got {len(body)} bytes that are none ({error}).") from None
-    return check_size(content)
+    return check_depth(content)
 
 
 def _packed(content: dict, pictures: Pictures):
@@ -150,15 +171,12 @@ def write_msgpack(content, bytes_keys: bool) -> bytes:
     return msgpack.packb(content, default=pack)
 
 
-# --- Size ------------------------------------------------------------------------------------------------------------
-def check_size(content):
-    """The same; Malformed if it is nested too deeply or has too many entries to be an observation."""
-    level, entries = [content], 0
+# --- Depth -----------------------------------------------------------------------------------------------------------
+def check_depth(content):
+    """The same; Malformed if it is nested too deeply to be an observation."""
+    level = [content]
     for _ in range(MAX_DEPTH):
         level = [each for value in level for each in _inside(value)]
-        entries += len(level)
-        if entries > MAX_ENTRIES:
-            raise Malformed(f"More than {MAX_ENTRIES} entries are no observation.")
         if not level:
             return content
     raise Malformed(f"Nested more than {MAX_DEPTH} deep, which no observation is.")

@@ -40,7 +40,7 @@ def test_two_cameras():
         {"observation.images.wrist": WRIST, "observation.images.agentview": MAIN, "side": LEFT},
         {"observation/wrist_image": WRIST, "observation/image": MAIN},
         {"images": [MAIN, WRIST]},
-        {"images": {"hand": WRIST, "front": MAIN}},
+        {"images": {"hand": WRIST, "main": MAIN}},
     ):
         images = read_observation({**pictures, "prompt": "go"}, TWO)["images"]
         assert [image[0, 0, 0] for image in images] == [1, 2]
@@ -53,17 +53,30 @@ def test_published_policies_name_no_cameras():
     assert chosen({"wrist_image": WRIST, "full_image": MAIN}, None, 1) == [1]
 
 
+def test_names_that_are_alike():
+    cameras = ["front.rgb", "wrist.rgb"]
+    assert chosen({"wrist.rgb": WRIST, "front.rgb": MAIN, "rgb": LEFT}, cameras, 2) == [1, 2]
+    assert chosen({"wrist_image": WRIST, "image": MAIN}, ["left_wrist"], 1) == [2]
+    assert chosen({"image": WRIST}, ["wrist"], 1) == [2]  # of a policy whose only camera sits on the arm
+    assert chosen({"full_image": MAIN}, ["front"], 1) == [1]
+
+
 @pytest.mark.parametrize(
     "pictures, cameras, count",
     [
         ({"left": LEFT, "right": RIGHT}, None, 1),
         ({"front": MAIN}, None, 2),
+        ({"left": LEFT}, ["right"], 1),
+        ({"image": MAIN, "rgb": LEFT}, ["front"], 1),
+        ({"rgb": MAIN}, ["front.rgb", "wrist.rgb"], 2),
+        ({"a.rgb": MAIN, "b.rgb": WRIST}, ["front.rgb", "wrist.rgb"], 2),
+        ({"left": LEFT}, ["wrist"], 1),
         ({"wrist": WRIST}, None, 1),
         ({"a": LEFT, "b": RIGHT}, ["front", "side"], 2),
         ({"x.front": LEFT, "y.front": RIGHT}, ["front"], 1),
         ({"front": MAIN, "left_wrist": LEFT, "right_wrist": RIGHT}, ["front", "wrist_1", "wrist_2"], 3),
     ],
-    ids=range(6),
+    ids=range(11),
 )
 def test_which_is_which(pictures, cameras, count):
     with pytest.raises(Malformed, match="not clear which is which"):
@@ -98,9 +111,13 @@ def test_the_state_of_the_robot():
         ({"image": MAIN[:, :, :2]}, "as .*H, W, 3"),
         ({"image": MAIN[:0]}, r"got \(0, 5, 3\)"),
         ({"image": np.zeros((1, 5000, 3), np.uint8)}, "sides up to 4096"),
-        ({"images": [MAIN, MAIN]}, "Expected 1 picture"),
+        ({"images": [MAIN, MAIN], "image": None}, "Expected 1 picture"),
         ({"images": ["text"]}, "Expected 1 picture"),
+        ({"images": [MAIN]}, r"Beside the list `images` there are pictures \['image'\]"),
+        ({"observation/image": MAIN, "observation": {"image": MAIN}}, "'observation/image' is there twice"),
         ({"seed": -1}, "Expected a seed"),
+        ({"seed": [1, "x"]}, "Expected a seed"),
+        ({"seed": []}, "Expected a seed"),
         ({"seed": 0.5}, "Expected a seed"),
         ({7: 1}, "names as text"),
     ],

@@ -44,7 +44,7 @@ def test_the_page_of_the_server(model, processor, recorded, images, tmp_path):
     numbers = np.array(found["numbers"], dtype=float)  # (A, T)
     np.testing.assert_allclose(numbers[:, 0], entry["actions"]["toy_robot"], rtol=0, atol=1e-12)
     np.testing.assert_allclose(np.array(found["shown"], dtype=float), numbers, atol=5e-5)
-    assert found["drawing"][0] > found["drawing"][1] > 0 and float(found["camera"]) is not None
+    assert found["drawing"][0] > found["drawing"][1] > 0 and float(found["camera"]) != numbers[0, 0]
     assert "1 to 2000 characters" in found["problem"] and found["hidden"]
     refused = [line for line in found["problems"] if "401" not in line and "422" not in line]
     assert not refused and {host for host in found["hosts"] if host not in ("data", "")} == {

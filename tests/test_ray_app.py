@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import time
 
 import numpy as np
@@ -18,7 +19,8 @@ from openvla.serve.client import ActClient  # noqa: E402
 from openvla.serve.ray_app import app  # noqa: E402
 from openvla.serve.wire import read_msgpack  # noqa: E402
 
-PORT = 8765
+with socket.create_server(("127.0.0.1", 0)) as free:
+    PORT = free.getsockname()[1]
 URL = f"http://127.0.0.1:{PORT}"
 
 
@@ -53,16 +55,16 @@ def test_the_same_actions_over_every_protocol(fleet, scene):
         np.testing.assert_allclose(client.infer(observation)["actions"], [actions["toy_robot"]], atol=1e-12)
     picture, instruction = observation["images"], observation["instruction"]
     headers = {"Authorization": "Bearer secret"}
-    with connect(f"ws://127.0.0.1:{PORT}/", additional_headers=headers) as socket:
-        assert read_msgpack(socket.recv(), 0)["unnorm_key"] == "bridge_orig"
-        socket.send(packed(picture, instruction))
-        answer = read_msgpack(socket.recv(), 0)
+    with connect(f"ws://127.0.0.1:{PORT}/", additional_headers=headers) as openpi:
+        assert read_msgpack(openpi.recv(), 0)["unnorm_key"] == "bridge_orig"
+        openpi.send(packed(picture, instruction))
+        answer = read_msgpack(openpi.recv(), 0)
         np.testing.assert_allclose(answer["actions"], [actions["bridge_orig"]], atol=1e-12)
-        socket.send(packed(picture, ""))
-        assert socket.recv().startswith("422")
-    with connect(f"ws://127.0.0.1:{PORT}/vla-eval", additional_headers=headers) as socket:
-        socket.send(message("observation", {"images": {"front": picture}, "task_description": instruction}))
-        answer = read_msgpack(socket.recv(), 0)["payload"]["actions"]
+        openpi.send(packed(picture, ""))
+        assert openpi.recv().startswith("422")
+    with connect(f"ws://127.0.0.1:{PORT}/vla-eval", additional_headers=headers) as harness:
+        harness.send(message("observation", {"images": {"front": picture}, "task_description": instruction}))
+        answer = read_msgpack(harness.recv(), 0)["payload"]["actions"]
         np.testing.assert_allclose(answer[:6], np.float32(actions["bridge_orig"][:6]))
 
 
@@ -89,7 +91,17 @@ def test_a_replica_that_dies_is_replaced(fleet, scene):
     assert answered == 10
 
 
-@pytest.mark.parametrize("options, problem", [({}, "Say which policy"), ({"checkpoint": "x", "gpus": "1"}, "gpus")])
-def test_options(options, problem):
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({}, "Say which policy"),
+        ({"checkpoint": "x", "gpus": "1"}, "gpus"),
+        ({"checkpoint": "x", "clamp": "ture"}, "clamp=true or clamp=false, got 'ture'"),
+        ({"checkpoint": "x", "max_batch": "two"}, "two"),
+        ({"checkpoint": "x", "without_token": "false"}, "OPENVLA_TOKEN=secret"),
+    ],
+)
+def test_options(options, problem, monkeypatch):
+    monkeypatch.delenv("OPENVLA_TOKEN", raising=False)
     with pytest.raises(ValueError, match=problem):
         app(options)

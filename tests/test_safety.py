@@ -38,7 +38,7 @@ def test_refused():
 
 
 @pytest.mark.parametrize(
-    "scheme, low, high", [("q99", [-1, 0], [2, 1]), ("min_max", [-5, 0], [5, 1]), ("mean_std", [-1, 0], [2, 1])]
+    "scheme, low, high", [("q99", [-1, 0], [2, 1]), ("min_max", [-5, 0], [5, 1]), ("mean_std", [-5, 0], [5, 1])]
 )
 def test_the_range_of_the_statistics(scheme, low, high):
     stats = ActionStats.from_norm_stats({"robot": {"action": STATS}}, "robot", scheme)

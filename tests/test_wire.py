@@ -70,6 +70,17 @@ def test_pictures_as_files():
     np.testing.assert_array_equal(read_msgpack(msgpack.packb({"i": raw}), PIXELS)["i"], PICTURE)
 
 
+def test_depth_is_no_picture():
+    file = io.BytesIO()
+    Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20) * 100).save(file, "PNG")
+    with pytest.raises(Malformed, match="8 bits per channel, got I;16"):
+        Pictures(PIXELS).read(file.getvalue())
+    for mode in ("L", "P", "RGBA", "LA"):
+        file = io.BytesIO()
+        Image.fromarray(PICTURE).convert(mode).save(file, "PNG")
+        assert Pictures(PIXELS).read(file.getvalue()).shape == PICTURE.shape
+
+
 def test_single_numbers_of_openpi():
     message = msgpack.packb({"g": {b"__npgeneric__": True, b"data": 0.5, b"dtype": "<f8"}})
     assert read_msgpack(message, PIXELS) == {"g": 0.5}
@@ -95,6 +106,9 @@ WRONG = [
     ({"dtype": "f8,f8", "shape": [1], "data": bytes(16)}, "dtype 'f8,f8'"),
     ({"dtype": "(2,)f8", "shape": [1], "data": bytes(16)}, "dtype"),
     ({"dtype": "nonsense", "shape": [1], "data": bytes(8)}, "dtype 'nonsense'"),
+    ({"dtype": ",", "shape": [1], "data": bytes(8)}, "dtype ','"),
+    ({"dtype": "=,u", "shape": [1], "data": bytes(8)}, "dtype '=,u'"),
+    ({"dtype": "<f3", "shape": [1], "data": bytes(3)}, "dtype '<f3'"),
     ({"dtype": 8, "shape": [1], "data": bytes(8)}, "dtype '8'"),
     ({"dtype": "<f8", "shape": [2], "data": bytes(8)}, "8 bytes are no array"),
     ({"dtype": "<f8", "shape": [-1], "data": bytes(8)}, "sizes"),
@@ -126,8 +140,10 @@ def test_an_array_that_is_none(fields, problem):
     [
         (b"", "Expected JSON"),
         (b"\xff\xfe\x00", "Expected JSON"),
-        (b"{" * 100_000, "Expected JSON"),
-        (b"[" * 100_000, "Expected JSON|Nested"),
+        (b"{" * 19_000, "Expected JSON"),
+        (b"[" * 19_000, "Expected JSON|Nested"),
+        (b"[" * 100_000, "entries"),
+        (b'["' + b"," * MAX_ENTRIES + b'x"]', "entries"),
         (b'{"state": [NaN]}', "NaN is no number"),
         (b'{"state": [1, -Infinity]}', "-Infinity is no number"),
         (b'{"a": ' + b"9" * 5000 + b"}", "Expected JSON"),
@@ -136,7 +152,7 @@ def test_an_array_that_is_none(fields, problem):
         (b"[" + b"1," * MAX_ENTRIES + b"1]", "entries"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "deep"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_json_that_is_none(body, problem):
     with pytest.raises(Malformed, match=problem):
@@ -151,6 +167,8 @@ def test_json_that_is_none(body, problem):
         (msgpack.packb({"a": 1})[:-1], "Expected MessagePack"),
         (msgpack.packb({"a": 1}) + b"\x00", "Expected MessagePack"),
         (b"\x91" * 2000, "Expected MessagePack"),
+        (b"\xdd\x00\x01\x00\x00" + b"\x80" * 2**16, "Expected MessagePack"),
+        (b"\x92" + 2 * (b"\xdc\x2e\xe0" + b"\x80" * 12_000), "More than 20000 entries"),
         (b"\x91" * (MAX_DEPTH + 1) + b"\x01", "deep"),
         (b"\xdd\xff\xff\xff\xff", "Expected MessagePack"),
         (b"\xa2\xff\xfe", "Expected MessagePack"),
@@ -160,7 +178,7 @@ def test_json_that_is_none(body, problem):
         (msgpack.packb({"i": {"__image__": True, "format": "png", "data": "no base64"}}), "base64"),
         (msgpack.packb({"i": {"__image__": True, "format": "png"}}), "the file of a picture"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_messagepack_that_is_none(body, problem):
     with pytest.raises(Malformed, match=problem):
