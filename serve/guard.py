@@ -91,7 +91,7 @@ class Guard:
                 await self._discard(receive)
             await _refuse(scope, send, 413, f"A request may have {self.max_body} bytes: send smaller pictures.")
             return
-        if self.requests >= self.max_requests and self._length(headers):
+        if self.requests >= self.max_requests and scope["method"] == "POST":
             await self._discard(receive)
             await _refuse(scope, send, 503, f"{self.requests} requests are being answered: ask less often.")
             return

@@ -107,9 +107,8 @@ class LocalPolicy:
 
             checks = diagnose(policy.model, policy.processor)
             for check in checks:
-                log.log(
-                    logging.INFO if check.status == OK else logging.WARNING, "check %s: %s", check.name, check.detail
-                )
+                level = logging.INFO if check.status == OK else logging.WARNING
+                log.log(level, "check %s: %s", check.name, check.detail)
             if failed := [f"{check.name}: {check.detail}" for check in checks if check.status == FAILED]:
                 raise NotFit(f"This policy is not fit to act. {'; '.join(failed)}")
         for size in sorted({1, self.settings.max_batch}):
@@ -227,11 +226,9 @@ class Service:
             self.answering -= 1
             self.metrics.in_flight.dec()
             self.metrics.note_answer(protocol, outcome, seconds)
-            level, facts = (
-                logging.DEBUG if outcome == "ok" else logging.INFO,
-                {"protocol": protocol, "outcome": outcome},
-            )
-            log.log(level, "%s %s in %.1f ms", protocol, outcome, 1000 * seconds, extra=facts | {"ms": 1000 * seconds})
+            facts = {"protocol": protocol, "outcome": outcome, "ms": 1000 * seconds}
+            level = logging.DEBUG if outcome == "ok" else logging.INFO
+            log.log(level, "%s %s in %.1f ms", protocol, outcome, 1000 * seconds, extra=facts)
 
     async def act(self, observation: dict, turn: Turn) -> dict:
         """The answer of `OpenVLAPolicy.infer`; raises one of `Refused`.

@@ -41,6 +41,7 @@ async def vla_eval(websocket: WebSocket) -> None:
         async for frame, arrived in messages:
             seq = 0
             try:
+                service.admit()
                 content = await asyncio.to_thread(_read, service.take(frame), service.settings.max_pixels)
                 kind, payload, seq = content["type"], content["payload"], content["seq"]
                 if kind == "observation":
@@ -82,8 +83,10 @@ def describe_policy(metadata: dict) -> dict:
     specs = {name: {"name": name, "dims": 0, "format": "rgb_hwc_uint8"} for name in names}
     params = {"send_wrist_image": True} if metadata["num_cameras"] > 1 or is_on_the_arm(names[0]) else {}
     if metadata["proprio_dim"]:
-        specs["state"] = {"name": "state", "dims": metadata["proprio_dim"], "format": "eef_pos3_axisangle3_gripper2"}
-        params |= {"send_state": True, "quat_no_antipodal": True}
+        is_libero = metadata["unnorm_key"].startswith("libero")
+        kind = "eef_pos3_axisangle3_gripper2" if is_libero else "raw"
+        specs["state"] = {"name": "state", "dims": metadata["proprio_dim"], "format": kind}
+        params |= {"send_state": True} | ({"quat_no_antipodal": True} if is_libero else {})
     specs["language"] = {"name": "language", "dims": 0, "format": "language"}
     hello = {
         "harness_version": f"openvla {__version__}",
