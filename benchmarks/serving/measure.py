@@ -147,15 +147,14 @@ async def alone(port: int, bodies: list[bytes], scene, key: str, rounds: int) ->
     }
 
 
-def mean_batch(port: int) -> float | None:
-    """As the server counts it, if it does."""
+def count_batches(port: int) -> tuple[float, float]:
+    """Observations and batches so far, of a server that counts them; else zeros."""
     try:
         lines = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode().splitlines()
     except OSError:
-        return None
-    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-    count = float(values.get("openvla_batch_size_count", 0))
-    return float(values["openvla_batch_size_sum"]) / count if count else None
+        return 0.0, 0.0
+    values = dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+    return tuple(float(values.get(f"openvla_batch_size_{name}", 0)) for name in ("sum", "count"))
 
 
 def measure(name: str, args, bodies: list[bytes], expected: np.ndarray, scene) -> dict:
@@ -166,7 +165,10 @@ def measure(name: str, args, bodies: list[bytes], expected: np.ndarray, scene) -
         try:
             asyncio.run(wait_until_it_acts(process, port, bodies[0]))
             single = asyncio.run(alone(port, bodies, scene, args.unnorm_key, args.rounds))
-            return single | asyncio.run(load(port, bodies, expected, args.seconds)) | {"mean_batch": mean_batch(port)}
+            before = count_batches(port)
+            loaded = asyncio.run(load(port, bodies, expected, args.seconds))
+            observations, batches = np.subtract(count_batches(port), before)
+            return single | loaded | {"mean_batch": observations / batches if batches else None}
         except (AssertionError, TimeoutError):
             log.seek(0)
             print(log.read().decode()[-5000:], file=sys.stderr)
