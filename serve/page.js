@@ -33,7 +33,8 @@ async function describe() {
   tell("");
   const names = policy.action_dims.map((dim) => dim.name).join(", ");
   const steps = policy.action_chunk > 1 ? `, ${policy.action_chunk} steps at a time` : "";
-  find("about").textContent = `${policy.checkpoint || "A policy"}: ${names}${steps}`;
+  const checkpoint = policy.checkpoint && policy.checkpoint !== "." ? policy.checkpoint : "A policy";
+  find("about").textContent = `${checkpoint}: ${names}${steps}`;
   if (!find("key").length) {
     policy.unnorm_keys.forEach((key) => find("key").add(new Option(key)));
     find("key").value = policy.unnorm_key;
