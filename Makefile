@@ -7,7 +7,7 @@
 # make test-published: publish on a Hub in the tests; act in environments with transformers and torch alone
 # make test-sim     the tests that need simulators (LIBERO, Meta-World: 2 GB of packages, and OpenGL)
 # make test-clients robots' clients that others wrote act through our server (200 MB of packages)
-# make test-fleet   two replicas behind Ray Serve (1 GB of packages); make bench-serving CHECKPOINT=…: servers compared
+# make test-fleet   two replicas behind Ray Serve (1 GB of packages); make bench-serving: servers compared
 # make test-vla-eval  the vla-evaluation-harness has the small policy act in LIBERO through our server (3 GB of packages)
 # make test-pages   the pages in a real browser (needs Debian's chromium; 1 GB of packages)
 # make test-vllm    vLLM's own OpenVLA must choose the tokens that we choose (some minutes, 4 GB of packages)
@@ -100,7 +100,7 @@ test-clients: .venv/ready .venv-clients/ready
 test-fleet: .venv-fleet/ready
 	.venv-fleet/bin/python -m pytest tests/test_ray_app.py
 
-# CHECKPOINT of one camera; some minutes of a machine that does nothing else
+# some minutes of a machine that does nothing else
 bench-serving: .venv-fleet/ready
 	OMP_NUM_THREADS=1 .venv-fleet/bin/python benchmarks/serving/measure.py $(CHECKPOINT) --json serving.json
 

@@ -61,12 +61,9 @@ class OpenVLAPolicy:
         self.image_options, self.strict, self.checkpoint = dict(image_options or {}), strict, checkpoint
         self.seed, self.drafts = seed, drafts
         self.num_denoising_steps = model.config.choose_denoising_steps(num_denoising_steps)
-        self.limits: list[Limits] = []
-        names = [name for name, _ in name_action_dims(model.norm_stats, self.unnorm_key)]
-        if clamp:
-            bounds = model.norm_stats[self.unnorm_key]["action"]
-            self.limits.append(limits_of_statistics(self.stats, bounds, names))
+        self.limits: list[Limits] = [self._range()] if clamp else []
         if limits is not None:
+            names = [name for name, _ in name_action_dims(model.norm_stats, self.unnorm_key)]
             self.limits.append(read_limits(limits, names))
 
     @classmethod
@@ -116,18 +113,23 @@ class OpenVLAPolicy:
 
     def with_statistics(self, unnorm_key: str) -> "OpenVLAPolicy":
         """The same model and options, for another dataset; without the limits of a robot, whose units were others."""
-        from openvla.action_tokenizer import ActionStats, name_action_dims
+        from openvla.action_tokenizer import ActionStats
 
-        other, norm_stats = copy.copy(self), self.model.norm_stats
+        other = copy.copy(self)
         if unnorm_key == self.unnorm_key:
             return other
+        scheme = self.model.config.action_normalization
         other.unnorm_key = unnorm_key
-        other.stats = ActionStats.from_norm_stats(norm_stats, unnorm_key, self.model.config.action_normalization)
-        names = [name for name, _ in name_action_dims(norm_stats, unnorm_key)]
-        bounds = norm_stats[unnorm_key]["action"]
-        clamps = any(limits.source == STATISTICS for limits in self.limits)
-        other.limits = [limits_of_statistics(other.stats, bounds, names)] if clamps else []
+        other.stats = ActionStats.from_norm_stats(self.model.norm_stats, unnorm_key, scheme)
+        other.limits = [other._range() for limits in self.limits if limits.source == STATISTICS]
         return other
+
+    def _range(self) -> Limits:
+        """Of the statistics."""
+        from openvla.action_tokenizer import name_action_dims
+
+        names = [name for name, _ in name_action_dims(self.model.norm_stats, self.unnorm_key)]
+        return limits_of_statistics(self.stats, self.model.norm_stats[self.unnorm_key]["action"], names)
 
     def warm_up(self, batch: int = 1) -> float:
         """Acts on grey pictures, `batch` observations at once, until nothing more is set up; milliseconds of the last

@@ -13,7 +13,7 @@ ray = pytest.importorskip("ray")
 
 from ray import serve  # noqa: E402
 from ray.util import list_named_actors  # noqa: E402
-from test_server import get, message, packed, post  # noqa: E402
+from test_server import message, packed, post  # noqa: E402
 
 from openvla.serve.client import ActClient  # noqa: E402
 from openvla.serve.ray_app import app  # noqa: E402
@@ -31,10 +31,7 @@ def fleet(checkpoint):
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     options = {"checkpoint": str(checkpoint), "dtype": "float32", "self_check": "false", "unnorm_key": "bridge_orig"}
     serve.run(app({**options, "min_replicas": "2", "max_replicas": "2", "num_cpus": "0.5"}))
-    end = time.monotonic() + 120
-    while get(f"{URL}/ready")[0] != 200:
-        assert time.monotonic() < end
-        time.sleep(0.5)
+    ActClient(URL).wait(120)
     yield
     serve.shutdown()
     ray.shutdown()

@@ -512,15 +512,7 @@ def start(checkpoint, *options) -> tuple[subprocess.Popen, int]:
         "--no-check",
     ]
     process = subprocess.Popen(list(map(str, [*command, "--device", "cpu", *options])), stderr=subprocess.DEVNULL)
-
-    def ready() -> bool:
-        assert process.poll() is None
-        try:
-            return get(f"http://127.0.0.1:{port}/ready")[0] == 200
-        except OSError:
-            return False
-
-    wait_for(ready, 120)
+    ActClient(f"http://127.0.0.1:{port}").wait(120)
     return process, port
 
 

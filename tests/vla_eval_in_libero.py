@@ -13,9 +13,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
+
+from openvla.serve.client import ActClient
 
 ROOT = Path(__file__).parents[1]
 TASKS = [
@@ -32,7 +32,7 @@ def main() -> None:
     command = [sys.executable, "-m", "openvla.cli", "serve", str(ROOT), "--port", str(port)]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
-        wait(server, f"http://127.0.0.1:{port}/ready")
+        ActClient(f"http://127.0.0.1:{port}").wait(120)
         with tempfile.TemporaryDirectory() as folder:
             config = {
                 "server": {"url": f"ws://127.0.0.1:{port}/vla-eval", "timeout": 120},
@@ -73,17 +73,6 @@ def count(file: Path) -> int:
         return sum(map(inside, value)) if isinstance(value, list) else 0
 
     return inside(json.loads(file.read_text()))
-
-
-def wait(server: subprocess.Popen, url: str) -> None:
-    for _ in range(600):
-        assert server.poll() is None, "the server ended"
-        try:
-            if urllib.request.urlopen(url, timeout=5).status == 200:
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise TimeoutError(url)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Load on policy servers, one after the other in one run: every client checks that its answers are its own.
 
-python benchmarks/serving/measure.py CHECKPOINT --servers openvla original litserve ray --seconds 60 --clients 32
+python benchmarks/serving/measure.py --servers openvla original litserve ray --seconds 60 --clients 32
+python benchmarks/serving/measure.py runs/my-robot --unnorm-key my_robot
 
-CHECKPOINT takes one picture, and other pictures have to give other actions. Every client has a picture and an
+The checkpoint takes one picture; without one, the recorded policy of the tests serves, its weights scaled up so that
+what it sees matters. Every client has a picture and an
 instruction of its own, asks again as soon as it is answered, and compares with what `predict_action` says. Reports per
 server answers per second, milliseconds (median and 99th percentile), mean batch, and answers that were lost or
 another's; and for one client alone the milliseconds that serving adds to preprocessing and `predict_action`, in turn.
@@ -48,6 +50,31 @@ def command(name: str, checkpoint: str, key: str, port: int) -> list[str]:
     }[name]
 
 
+def make_checkpoint() -> str:
+    """The recorded policy of the tests with larger weights, so that noise matters to it; in a temporary folder."""
+    import torch
+
+    import openvla
+
+    sys.path.insert(0, str(HERE.parents[1] / "tests" / "fixtures"))
+    from assemble import assemble
+
+    folder = Path(tempfile.mkdtemp())
+    assemble(folder / "recorded")
+    model = openvla.OpenVLAForActionPrediction.from_pretrained(folder / "recorded", dtype=torch.float32)
+    tokenizer = model.action_tokenizer
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight *= 6 if ".layers." in name else 3 if "projector" in name else 1
+        model.get_input_embeddings().weight *= 5
+        model.lm_head.weight[: tokenizer.vocab_start] *= 0.01
+        model.lm_head.weight[tokenizer.vocab_end :] *= 0.01
+    model.save_pretrained(folder / "alive")
+    openvla.OpenVLAProcessor.from_pretrained(folder / "recorded").save_pretrained(folder / "alive")
+    return str(folder / "alive")
+
+
 def make_requests(checkpoint: str, key: str, count: int) -> tuple[list[bytes], np.ndarray, object]:
     """A body per client, as the original's clients send it; the actions `(count, A)`; the policy and what it saw."""
     from openvla.serve.policy import OpenVLAPolicy
@@ -87,9 +114,10 @@ class Connection:
 
 
 def read_action(content: bytes) -> np.ndarray:
-    from openvla.serve.client import _decode
+    from openvla.serve.wire import read_json
 
-    return _decode(json.loads(content)).reshape(-1)
+    answer = read_json(content)
+    return (read_json(answer) if isinstance(answer, str) else answer).reshape(-1)  # the original's is encoded twice
 
 
 async def load(port: int, bodies: list[bytes], expected: np.ndarray, seconds: float) -> dict:
@@ -193,7 +221,7 @@ async def wait_until_it_acts(process, port: int, body: bytes) -> None:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("checkpoint")
+    arguments.add_argument("checkpoint", nargs="?", help="folder or Hub id; default: the tests' policy")
     arguments.add_argument("--unnorm-key", default="bridge_orig")
     arguments.add_argument("--servers", nargs="+", default=["openvla", "original", "litserve", "ray"])
     arguments.add_argument("--clients", type=int, default=32)
@@ -205,6 +233,7 @@ def main() -> None:
     import torch
     import transformers
 
+    args.checkpoint = args.checkpoint or make_checkpoint()
     bodies, expected, scene = make_requests(args.checkpoint, args.unnorm_key, args.clients)
     kinds = len(np.unique(expected.round(9), axis=0))
     print(f"{args.clients} clients, {kinds} different actions, {len(bodies[0]) / 1000:.0f} kB per request")
