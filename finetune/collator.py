@@ -27,6 +27,7 @@ class ActionCollator:
         seed: of the augmentation; None: no augmentation, as for evaluation.
         config: of the model; None: a causal policy of one step without proprioception.
         proprio_stats: of each dataset by its name, for policies that take proprioception.
+        multiple: rows are padded to a multiple of so many tokens, for compiled code that wants few lengths.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ActionCollator:
         seed: int | None = None,
         config=None,
         proprio_stats: dict[str, ActionStats] | None = None,
+        multiple: int = 1,
     ):
         self.steps = steps
         self.processor = processor
@@ -48,6 +50,7 @@ class ActionCollator:
         self.continuous = config is not None and config.action_head != "token"
         self.ends = config is None or config.attention != "prefix"  # there, nothing follows the slots
         self.proprio_stats = proprio_stats if config is not None and config.proprio_dim else None
+        self.multiple = multiple
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Returns `input_ids`, `attention_mask`, `labels` `(B, L)`, padded right, and `pixel_values`.
@@ -76,7 +79,7 @@ class ActionCollator:
             rows.append(self.processor.insert_image_tokens(ids) + fed + end)
             scored = np.repeat(~step.is_pad, len(told) // len(step.is_pad))
             answers.append([token if counts else -100 for token, counts in zip(told, scored)] + end)
-        length = max(map(len, rows))
+        length = -(-max(map(len, rows)) // self.multiple) * self.multiple
         pad = self.processor.tokenizer.pad_token_id
         batch = {
             "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in rows]),

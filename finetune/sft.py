@@ -448,7 +448,8 @@ def main(argv: list[str]) -> None:
         return StepDataset(source.reader, source.scan.lengths, episodes, cameras, chunk, pad_chunks, keep_open)
 
     def collate(steps: StepDataset | MixedSteps, seed: int | None = None) -> ActionCollator:
-        return ActionCollator(steps, processor, stats, model.action_tokenizer, seed, model.config, states)
+        multiple = config.pad_to_multiple_of if isinstance(config.pad_to_multiple_of, int) else 1  # or None, "auto"
+        return ActionCollator(steps, processor, stats, model.action_tokenizer, seed, model.config, states, multiple)
 
     parts = [steps_of(source, source.training, args.pad_chunks) for source in sources]
     steps = MixedSteps(parts)

@@ -81,3 +81,15 @@ def test_hsv_round_trip_and_known_colours():
     colours = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0.5, 0.5, 0.5], [0, 0, 0]], dtype=np.float32)
     expected = [[0, 1, 1], [1 / 3, 1, 1], [2 / 3, 1, 1], [1 / 6, 1, 1], [0, 0, 0.5], [0, 0, 0]]
     np.testing.assert_allclose(rgb_to_hsv(colours), expected, atol=1e-6)
+
+
+def test_rows_may_be_padded_to_a_multiple(processor, recorded, images):
+    steps = steps_of(recorded, images, [0, 1])
+    plain, padded = (
+        ActionCollator(None, processor, {"": IDENTITY}, ActionTokenizer(), multiple=each).collate(steps)
+        for each in (1, 64)
+    )
+    length = plain["input_ids"].shape[1]
+    assert length % 64 and padded["input_ids"].shape[1] == 64 * (length // 64 + 1)
+    for name, filler in (("input_ids", processor.tokenizer.pad_token_id), ("attention_mask", 0), ("labels", -100)):
+        assert torch.equal(padded[name][:, :length], plain[name]) and (padded[name][:, length:] == filler).all()
