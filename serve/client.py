@@ -20,12 +20,14 @@ import asyncio
 import base64
 import http.client
 import json
+import math
 import ssl
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for_futures
 
 import numpy as np
 
@@ -43,7 +45,8 @@ class ActClient:
         patience: seconds to go on trying while the server cannot be reached or is not ready: it may be starting anew.
         session: with it, a newer observation replaces one that still waits on the server.
         max_age_ms: how old an observation may be when the policy gets it, from the call of `infer` on; there are no
-            more tries when it is older.
+            more tries when it is older. The server is told its age when it is sent, connecting included; what the
+            network holds up after that, it does not see.
     """
 
     needs: tuple[str, ...] = ("images",)
@@ -70,14 +73,14 @@ class ActClient:
     def metadata(self) -> dict | None:
         """What the policy declares (`OpenVLAPolicy.metadata`); None from the original's, which does not tell."""
         query = f"?{urllib.parse.urlencode({'unnorm_key': self.unnorm_key})}" if self.unnorm_key else ""
-        status, _, answer = self._ask("GET", f"/metadata{query}", patience=self.patience)
+        status, _, answer = self._ask("GET", f"/metadata{query}", end=time.monotonic() + self.patience)
         if status in (404, 405):
             return None
-        return json.loads(self._checked(status, answer, "/metadata"))
+        return _parse(self._checked(status, answer, "/metadata"))
 
     def wait(self, seconds: float) -> None:
         """Until the server acts; OSError or RuntimeError if it does not within `seconds`."""
-        status, _, answer = self._ask("GET", "/ready", patience=seconds)
+        status, _, answer = self._ask("GET", "/ready", end=time.monotonic() + seconds)
         if status not in (404, 405):  # the original's does not tell
             self._checked(status, answer, "/ready")
 
@@ -93,22 +96,22 @@ class ActClient:
         changed the action to keep it within limits.
 
         Raises ValueError for an observation that is none, RuntimeError if the server refuses or fails, or its answer
-        is no finite array, OSError if it cannot be reached.
+        is no finite array, OSError if it cannot be reached, or not while the observation is fresh.
         """
         start = time.monotonic()
         payload = self._payload(observation)
-        patience = self.patience if self.max_age_ms is None else min(self.patience, self.max_age_ms / 1000)
+        fresh_until = math.inf if self.max_age_ms is None else start + self.max_age_ms / 1000
 
         def body() -> bytes:
             age = 1000 * (time.monotonic() - start)
             return json.dumps(payload | ({"age_ms": age} if age > 1 and self.max_age_ms else {})).encode()
 
-        status, headers, answer = self._ask("POST", "/act", body, start, patience)
+        status, headers, answer = self._ask("POST", "/act", body, start + self.patience, fresh_until)
         timing = {"round_trip_ms": 1000 * (time.monotonic() - start)}
-        actions = _decode(json.loads(self._checked(status, answer, "/act")))
+        actions = _decode(self._checked(status, answer, "/act"))
         if actions.ndim not in (1, 2) or not actions.size or not np.isfinite(actions).all():
             raise RuntimeError(f"{self.url}/act answered no finite (A,) or (T, A), but {actions.tolist()}.")
-        clamped = {"clamped": json.loads(headers["X-Clamped"])} if "X-Clamped" in headers else {}
+        clamped = {"clamped": _parse(headers["X-Clamped"].encode())} if "X-Clamped" in headers else {}
         return {"actions": np.atleast_2d(actions), "timing": timing, **clamped}
 
     async def infer_async(self, observation: dict) -> dict:
@@ -144,19 +147,19 @@ class ActClient:
             payload["seed"] = np.asarray(observation["seed"]).tolist()
         return payload | {name: value for name, value in self._extra.items() if value is not None}
 
-    def _ask(self, method: str, path: str, body=lambda: None, start: float | None = None, patience: float = 0.0):
+    def _ask(self, method: str, path: str, body=lambda: None, end: float = 0.0, fresh_until: float = math.inf):
         """Status, headers and content. A question that finds no server that is ready is asked again: it moves nothing.
 
         Args:
             body: makes what is sent, for every try.
-            start: when patience begins, on the monotonic clock; None: now.
+            end: of the patience, on the monotonic clock.
+            fresh_until: when there is no use in asking any more.
         """
-        end = (time.monotonic() if start is None else start) + patience
         with self._lock:
             while True:
                 reused = self._connection is not None
                 try:
-                    answer = self._ask_once(method, path, body())
+                    answer = self._ask_once(method, path, body, fresh_until)
                 except TimeoutError:
                     self._drop()
                     raise
@@ -164,30 +167,42 @@ class ActClient:
                     self._drop()
                     if reused:  # it was closed while it lay idle
                         continue
-                    if time.monotonic() + WAIT > end:
+                    if time.monotonic() + WAIT > min(end, fresh_until):
                         if isinstance(error, OSError):
                             raise
                         raise ConnectionError(f"{self.url}{path} gave no answer of HTTP: {error!r}") from error
                 else:
-                    if answer[0] != 503 or time.monotonic() + WAIT > end:
+                    if answer[0] != 503 or time.monotonic() + WAIT > min(end, fresh_until):
                         return answer
                 time.sleep(WAIT)
 
-    def _ask_once(self, method: str, path: str, body: bytes | None) -> tuple[int, http.client.HTTPMessage, bytes]:
-        if self._connection is None:
-            where = (self._parts.hostname, self._parts.port)
-            if self._parts.scheme == "https":
-                context = ssl.create_default_context()
-                self._connection = http.client.HTTPSConnection(*where, timeout=self.timeout, context=context)
-            else:
-                self._connection = http.client.HTTPConnection(*where, timeout=self.timeout)
-            try:
-                self._connection.connect()
-            except TimeoutError as error:  # of a machine that is off, not of an answer that is late
-                raise ConnectionError(f"{self.url} cannot be reached within {self.timeout:g} s") from error
-        self._connection.request(method, self._parts.path + path, body, self._headers)
+    def _ask_once(
+        self, method: str, path: str, body: Callable[[], bytes | None], fresh_until: float
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        self._connect(fresh_until)
+        content = body()  # with its age when it leaves
+        if time.monotonic() > fresh_until:
+            raise TimeoutError(f"The observation was older than {self.max_age_ms:g} ms before {self.url} had it.")
+        self._connection.request(method, self._parts.path + path, content, self._headers)
         answer = self._connection.getresponse()
         return answer.status, answer.headers, answer.read()
+
+    def _connect(self, fresh_until: float) -> None:
+        """If there is no connection, within `timeout`, and while the observation is fresh."""
+        if self._connection is not None:
+            return
+        where = (self._parts.hostname, self._parts.port)
+        seconds = min(self.timeout, max(fresh_until - time.monotonic(), 0.001))
+        if self._parts.scheme == "https":
+            context = ssl.create_default_context()
+            self._connection = http.client.HTTPSConnection(*where, timeout=seconds, context=context)
+        else:
+            self._connection = http.client.HTTPConnection(*where, timeout=seconds)
+        try:
+            self._connection.connect()
+        except TimeoutError as error:  # of a machine that is off, not of an answer that is late
+            raise ConnectionError(f"{self.url} cannot be reached within {seconds:.3g} s") from error
+        self._connection.sock.settimeout(self.timeout)
 
     def _drop(self) -> None:
         if self._connection is not None:
@@ -220,6 +235,7 @@ class Prefetch:
         self._thread = ThreadPoolExecutor(1, "prefetch")
         self._chunk = np.zeros((0, 0))  # the rest of the current one
         self._next: Future | None = None
+        self._abandoned: Future | None = None  # asked for before the last `reset`
         self._played = 0  # steps since the next one was asked for
 
     def __enter__(self) -> "Prefetch":
@@ -230,6 +246,7 @@ class Prefetch:
 
     def reset(self) -> None:
         """Forgets all chunks: a new episode begins, or the robot was moved by somebody else."""
+        self._abandoned = self._next or self._abandoned
         self._chunk, self._next, self._played, self.waited = np.zeros((0, 0)), None, 0, 0.0
 
     def close(self) -> None:
@@ -245,6 +262,9 @@ class Prefetch:
         Raises what the policy raises; then no action is left over. ValueError if chunks are too short for `lead`.
         """
         if self._next is None and len(self._chunk) <= self.lead:
+            if self._abandoned is not None:  # else what is observed now would grow old behind it
+                wait_for_futures([self._abandoned])
+                self._abandoned = None
             self._next, self._played = self._thread.submit(self.policy.infer, observe()), 0
         if not len(self._chunk):
             self._chunk = self._receive()
@@ -269,12 +289,25 @@ def _encode(array: np.ndarray) -> dict:
     return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
 
 
-def _decode(answer) -> np.ndarray:
-    if isinstance(answer, str) and answer.startswith("{"):  # encoded twice
-        answer = json.loads(answer)
-    if not isinstance(answer, dict) or "__numpy__" not in answer:
-        raise RuntimeError(f"The server answered {str(answer)[:200]!r} instead of an action; its log may say why.")
-    kind = np.dtype(answer["dtype"])
-    if kind.kind not in "fiu":
-        raise RuntimeError(f"The server answered an array of {kind}, not of numbers.")
-    return np.frombuffer(base64.b64decode(answer["__numpy__"]), kind).reshape(answer["shape"]).astype(np.float64)
+def _parse(answer: bytes):
+    """JSON; RuntimeError for what is none, as of a proxy that answers in the server's place."""
+    try:
+        return json.loads(answer)
+    except ValueError as error:
+        raise RuntimeError(f"The server answered no JSON ({error}): {answer[:200]!r}") from None
+
+
+def _decode(answer: bytes) -> np.ndarray:
+    content = _parse(answer)
+    if isinstance(content, str) and content.startswith("{"):  # encoded twice
+        content = _parse(content.encode())
+    if not isinstance(content, dict) or "__numpy__" not in content:
+        raise RuntimeError(f"The server answered {str(content)[:200]!r} instead of an action; its log may say why.")
+    try:
+        kind = np.dtype(content["dtype"])
+        if kind.kind not in "fiu":
+            raise RuntimeError(f"The server answered an array of {kind}, not of numbers.")
+        numbers = np.frombuffer(base64.b64decode(content["__numpy__"]), kind)
+        return numbers.reshape(content["shape"]).astype(np.float64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(f"The server answered an array that is none ({error!r}): {str(content)[:200]}") from None

@@ -1,6 +1,7 @@
 """Against a server on loopback that answers as the original's deploy.py does."""
 
 import base64
+import http.client
 import json
 import shutil
 import subprocess
@@ -52,6 +53,10 @@ def test_answers_may_be_encoded_twice_and_be_chunks(server):
         ((200, as_json_numpy(np.full(7, np.nan))), "no finite"),
         ((200, as_json_numpy(np.array(["x"]))), "not of numbers"),
         ((200, [0.0] * 7), "instead of an action"),
+        ((200, {"__numpy__": "", "shape": [7]}), "an array that is none .*dtype"),
+        ((200, as_json_numpy(ACTION) | {"shape": [8]}), "an array that is none .*reshape"),
+        ((200, as_json_numpy(ACTION) | {"dtype": "<q9"}), "an array that is none"),
+        ((200, "{ an action"), "no JSON"),
     ],
 )
 def test_a_failure_is_never_an_action(server, answer, problem):
@@ -114,6 +119,25 @@ def test_a_server_that_comes_back():
     assert results[0]["timing"]["round_trip_ms"] > 250
 
 
+def test_an_observation_that_is_old_before_it_is_sent_is_not_sent(server, monkeypatch):
+    """It takes time to connect, as after a gap of the radio, and there is no second try on a connection that broke."""
+    client, observation = ActClient(server.url, max_age_ms=200), {"images": IMAGE, "instruction": "go"}
+    connect = http.client.HTTPConnection.connect
+
+    def slow(self):
+        time.sleep(0.1)
+        connect(self)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", slow)
+    client.infer(observation)
+    assert server.asked[0][2]["age_ms"] >= 100
+    client.close()
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", lambda self: time.sleep(0.2) or connect(self))
+    with pytest.raises(OSError, match="older than 200 ms before"):
+        client.infer(observation)
+    assert len(server.asked) == 1
+
+
 # --- Chunks ahead of their time ---
 class Slow:
     """A policy whose chunks hold the number of the step they were asked at, and of the step they are for."""
@@ -156,6 +180,30 @@ def test_asking_ahead_saves_the_wait():
         answered.set()
         fifth = chunks.act(lambda: {"step": 4})
     assert [action[1] for action in first] == [0, 1, 2, 3] and fifth.tolist() == [2, 4]
+
+
+def test_nothing_is_observed_while_an_abandoned_question_is_answered():
+    answer, asked, observed = threading.Event(), [], []
+
+    class Policy:
+        def infer(self, observation):
+            asked.append(observation)
+            assert answer.wait(10)
+            return {"actions": np.full((2, 7), observation)}
+
+    with Prefetch(Policy(), lead=1) as chunks:
+        answer.set()
+        chunks.act(lambda: 0)
+        answer.clear()
+        chunks.act(lambda: 1)  # of the first chunk; the next is asked for
+        chunks.reset()
+        acted = threading.Thread(target=lambda: observed.append(chunks.act(lambda: observed.append("looked") or 2)))
+        acted.start()
+        time.sleep(0.1)
+        assert not observed
+        answer.set()
+        acted.join(10)
+    assert asked == [0, 1, 2] and observed[0] == "looked" and observed[1].tolist() == [2] * 7
 
 
 def test_chunks_that_fail_leave_no_action():
