@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from openvla.serve.safety import STATISTICS, Forbidden, Limits, limits_of_statistics, read_limits
+from openvla.serve.safety import STATISTICS, Forbidden, Limits, limits_of_statistics, range_of_statistics, read_limits
 
 KEYS = {"images", "instruction", "proprio", "seed", "draft"}
 IMAGE_OPTIONS = ("center_crop_area", "jpeg_quality", "lanczos3_size")
@@ -160,13 +160,10 @@ class OpenVLAPolicy:
 
         config, declared = self.model.config, self.model.norm_stats[self.unnorm_key]
         bounds = declared["action"]
+        low_and_high = range_of_statistics(self.stats, bounds) or (self.stats.low, self.stats.high)
         dims = [
             {"name": name, "unit": unit, "low": float(low), "high": float(high)}
-            for (name, unit), low, high in zip(
-                name_action_dims(self.model.norm_stats, self.unnorm_key),
-                bounds.get("q01", bounds.get("min", self.stats.low)),
-                bounds.get("q99", bounds.get("max", self.stats.high)),
-            )
+            for (name, unit), low, high in zip(name_action_dims(self.model.norm_stats, self.unnorm_key), *low_and_high)
         ]
         image_processor = self.processor.image_processor
         denoising = {"num_denoising_steps": self.num_denoising_steps, "seed": self.seed} if config.denoises else {}

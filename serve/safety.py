@@ -67,9 +67,9 @@ class Limits:
         return clamped, changed
 
 
-def limits_of_statistics(stats, bounds: dict, names: list[str]) -> Limits:
-    """The range of the training data: 1st to 99th percentile of dims that were clipped to it; of others, which are not
-    normalised or not by the scheme "q99", least and greatest value.
+def range_of_statistics(stats, bounds: dict) -> tuple[np.ndarray, np.ndarray] | None:
+    """The range of the training data, `(A,)` each: 1st to 99th percentile of dims that were clipped to it; of others,
+    which are not normalised or not by the scheme "q99", least and greatest value. None if the statistics tell none.
 
     Args:
         stats: `ActionStats` of a dataset.
@@ -77,11 +77,18 @@ def limits_of_statistics(stats, bounds: dict, names: list[str]) -> Limits:
     """
     known = [pair for pair in (("q01", "q99"), ("min", "max")) if set(pair) <= set(bounds)]
     if not known:
-        raise ValueError(f"There is no range to clamp to: the statistics hold only {sorted(bounds)}.")
+        return None
     full = known[-1]
     usual = known[0] if stats.scheme == "q99" else full
     low, high = (np.where(stats.mask, bounds[usual[end]], bounds[full[end]]).astype(np.float64) for end in (0, 1))
-    return Limits(low, high, list(names), STATISTICS)
+    return low, high
+
+
+def limits_of_statistics(stats, bounds: dict, names: list[str]) -> Limits:
+    """To that range; ValueError if there is none."""
+    if (found := range_of_statistics(stats, bounds)) is None:
+        raise ValueError(f"There is no range to clamp to: the statistics hold only {sorted(bounds)}.")
+    return Limits(*found, list(names), STATISTICS)
 
 
 def read_limits(file: str | Path, names: list[str]) -> Limits:

@@ -59,8 +59,10 @@ def test_metadata_is_json_and_tells_units_and_ranges(policy, model):
     assert [dim["name"] for dim in metadata["action_dims"]] == ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
     assert [dim["unit"] for dim in metadata["action_dims"]] == ["m"] * 3 + ["rad"] * 3 + ["1 = open"]
     stats = model.norm_stats["bridge_orig"]["action"]
-    assert [dim["low"] for dim in metadata["action_dims"]] == stats["q01"]
-    assert [dim["high"] for dim in metadata["action_dims"]] == stats["q99"]
+    low, high = ([dim[end] for dim in metadata["action_dims"]] for end in ("low", "high"))
+    assert low == [*stats["q01"][:6], stats["min"][6]] and high == [*stats["q99"][:6], stats["max"][6]]
+    (limits,) = OpenVLAPolicy(model, policy.processor, "bridge_orig", clamp=True).limits  # what it is clamped to
+    assert (limits.low.tolist(), limits.high.tolist()) == (low, high)
     assert metadata["num_cameras"] == metadata["action_chunk"] == 1 and metadata["image_size"] == [224, 224]
     assert metadata["checkpoint"] == "tiny" and metadata["control_frequency"] is None
     assert metadata["mask"] == [True] * 6 + [False] and policy.needs == ("images", "draft")
