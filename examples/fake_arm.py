@@ -9,18 +9,31 @@ from PIL import Image
 HERE = Path(__file__).parent
 
 
+DIMS = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+
+
 class FakeArm:
-    """Seven numbers a step: six of motion, one gripper.
+    """Seven numbers a step: six of motion, and a gripper that is open at 1.
 
     Args:
-        policy: what the server's /metadata says: how many cameras, how large the state, how many steps a second.
+        policy: what the server's /metadata says: what its actions are, how many cameras, how large the state, how many
+            steps a second.
+        rate: steps a second, if the policy does not say.
+
+    Raises ValueError if the policy moves another kind of arm. Compare the units of motion with your driver's, too.
     """
 
-    def __init__(self, policy: dict):
+    def __init__(self, policy: dict, rate: float | None = None):
+        dims = policy["action_dims"]
+        if [dim["name"].rstrip("?") for dim in dims] != DIMS or dims[-1]["unit"] != "1 = open":
+            raise ValueError(f"This arm moves by {DIMS}, gripper 1 = open; the policy by {dims}.")
+        rate = policy["control_frequency"] or rate
+        if rate is None:
+            raise ValueError("The policy does not say how many steps a second it was trained for: pass --rate.")
         names = ["agentview", "wrist"][: policy["num_cameras"]]
         self.pictures = [np.array(Image.open(HERE / f"{name}.png").convert("RGB")) for name in names]
         self.state = np.zeros(policy["proprio_dim"])
-        self.period = 1 / (policy["control_frequency"] or 5.0)
+        self.period = 1 / rate
         self.done: list[np.ndarray] = []
         self._next = time.monotonic()
 

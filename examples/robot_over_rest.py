@@ -19,13 +19,14 @@ arguments.add_argument("--url", default="http://127.0.0.1:8000")
 arguments.add_argument("--token")
 arguments.add_argument("--instruction", default="pick up the black bowl on the stove and place it on the plate")
 arguments.add_argument("--steps", type=int, default=40)
+arguments.add_argument("--rate", type=float, help="of them a second, if the policy does not say")
 arguments.add_argument("--lead", type=int, default=3, help="steps before the end of a chunk to ask for the next")
 args = arguments.parse_args()
 
 client = ActClient(args.url, token=args.token, timeout=5.0, session=str(uuid.uuid4()), max_age_ms=500)
 client.wait(60)
 policy = client.metadata()
-arm = FakeArm(policy)
+arm = FakeArm(policy, args.rate)
 lead = min(args.lead, policy["action_chunk"] - 1)
 start = time.monotonic()
 with Prefetch(client, lead) as chunks:
@@ -34,8 +35,9 @@ with Prefetch(client, lead) as chunks:
             action = chunks.act(lambda: arm.observe(args.instruction))
         except (OSError, RuntimeError) as error:  # the server is away or refuses: stand still, then look again
             print("no action:", error, file=sys.stderr)
-            client.wait(60)
             chunks.reset()
+            time.sleep(arm.period)
+            client.wait(60)
             continue
         arm.move(action)
 seconds = time.monotonic() - start

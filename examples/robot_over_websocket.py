@@ -20,6 +20,7 @@ arguments.add_argument("--url", default="ws://127.0.0.1:8000")
 arguments.add_argument("--token")
 arguments.add_argument("--instruction", default="pick up the black bowl on the stove and place it on the plate")
 arguments.add_argument("--steps", type=int, default=40)
+arguments.add_argument("--rate", type=float, help="of them a second, if the policy does not say")
 args = arguments.parse_args()
 
 
@@ -43,7 +44,7 @@ def receive(server) -> dict:
 headers = {"Authorization": f"Api-Key {args.token}"} if args.token else None
 with connect(args.url, compression=None, max_size=None, additional_headers=headers) as server:
     policy = receive(server)
-    arm, slowest = FakeArm(policy), 0.0
+    arm, slowest = FakeArm(policy, args.rate), 0.0
     while len(arm.done) < args.steps:
         seen = arm.observe(args.instruction)
         observation = {"images": seen["images"], "prompt": seen["instruction"]}

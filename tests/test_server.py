@@ -427,9 +427,10 @@ def test_the_examples_move_an_arm_that_is_none(served, script, scheme):
     example = Path(server.__file__).parents[1] / "examples" / script
     url = f"{scheme}://127.0.0.1:{served.port}"
     asked = len(served.asked)
-    ran = subprocess.run(
-        [sys.executable, example, "--url", url, "--steps", "3"], capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, example, "--url", url, "--steps", "3"]
+    unsure = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert unsure.returncode and "does not say how many steps a second" in unsure.stderr
+    ran = subprocess.run([*command, "--rate", "5"], capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("3 steps") and "'gripper': " in ran.stdout and len(served.asked) - asked == 3
 
