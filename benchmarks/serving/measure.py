@@ -82,14 +82,21 @@ def make_requests(checkpoint: str, key: str, count: int) -> tuple[list[bytes], n
 
     policy = OpenVLAPolicy.from_pretrained(checkpoint, key, dtype="float32", device="cpu")
     rng, bodies, expected, observations = np.random.default_rng(0), [], [], []
-    for client in range(count):
+    for _ in range(20 * count):
         coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         picture = np.repeat(np.repeat(coarse, 32, 0), 32, 1)  # 256 x 256
-        instruction = f"pick up object {client}"
+        instruction = f"pick up object {len(bodies)}"
+        inputs = policy.processor(policy.processor.build_prompt(instruction), picture)
+        action = policy.model.predict_action(**inputs, unnorm_key=key)
+        if any((action == other).all() for other in expected):
+            continue  # or answers that are mixed up would go unnoticed
         bodies.append(json.dumps({"image": write_json_numpy(picture), "instruction": instruction}).encode())
         observations.append({"images": picture, "instruction": instruction})
-        inputs = policy.processor(policy.processor.build_prompt(instruction), picture)
-        expected.append(policy.model.predict_action(**inputs, unnorm_key=key))
+        expected.append(action)
+        if len(bodies) == count:
+            break
+    else:
+        raise ValueError(f"{checkpoint} has only {len(bodies)} different actions for {20 * count} pictures of noise.")
     return bodies, np.array(expected), (policy, observations)
 
 

@@ -8,7 +8,6 @@ Its FastAPI is told not to be strict about content types, without which today's 
 import sys
 
 import json_numpy
-import numpy as np
 import uvicorn
 from fastapi import Body, FastAPI
 from fastapi.responses import JSONResponse
@@ -24,9 +23,8 @@ app = FastAPI(strict_content_type=False)
 
 @app.post("/act")
 def act(payload: dict = Body()) -> JSONResponse:  # noqa: B008
-    image = json_numpy.loads(json_numpy.dumps(payload["image"]))
     prompt = policy.processor.build_prompt(payload["instruction"])
-    inputs = policy.processor(prompt, Image.fromarray(np.asarray(image)).convert("RGB"))
+    inputs = policy.processor(prompt, Image.fromarray(payload["image"]).convert("RGB"))
     action = policy.model.predict_action(**inputs, unnorm_key=payload.get("unnorm_key", key))
     return JSONResponse(json_numpy.dumps(action))
 
