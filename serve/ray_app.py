@@ -17,7 +17,7 @@ import asyncio
 import logging
 import os
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 from ray import serve
@@ -69,8 +69,15 @@ class Fleet:
 
     @property
     def settings(self) -> Settings:
+        """Of each replica."""
         names = ("max_batch", "max_wait_ms", "max_queue", "timeout_s", "max_age_ms", "self_check")
         return Settings(**{name: getattr(self, name) for name in names})
+
+    @property
+    def front_settings(self) -> Settings:
+        """Of what stands before all of them: as many may wait and be answered as there can be replicas for."""
+        each, count = self.settings, self.max_replicas
+        return replace(each, max_batch=count * each.max_batch, max_queue=count * each.max_queue)
 
 
 class Replica:
@@ -95,6 +102,14 @@ class Replica:
         except NotFit as problem:
             return problem
         return self.backend.metadata, self.backend.default
+
+    def check_health(self) -> None:
+        """For Ray, which replaces a replica that raises here."""
+        failed = self.started is not None and self.started.done() and self.started.exception()
+        if failed and not isinstance(failed, NotFit):  # another one would be as unfit
+            raise failed
+        if problem := self.backend.problem:
+            raise RuntimeError(problem)
 
     async def infer(self, observation: dict, session: str | None, age: float, max_age: float | None) -> dict | Refused:
         """See `Turn`. Clocks of machines differ: what is passed is how old the observation was when it was sent."""
@@ -146,8 +161,14 @@ class RemotePolicy:
             raise Failed("A replica failed; its log tells why.") from error
         if isinstance(answer, Refused):
             raise answer
-        turn.check()  # the way to the replica and back took its time, too
+        timing = answer["timing"]  # the way to the replica and back counts as waiting, what the policy takes does not
+        turn.check(acting=(timing["preprocess_ms"] + timing["infer_ms"]) / 1000)
         return answer
+
+    @property
+    def problem(self) -> str | None:
+        """None: Ray itself looks after replicas."""
+        return None
 
     def stop(self) -> None:
         """Ray stops replicas itself."""
@@ -159,7 +180,7 @@ class Front:
 
     def __init__(self, replicas, fleet: Fleet, tokens: tuple[str, ...]):
         start_logging(as_json=False, answers=False)
-        self.service = Service(RemotePolicy(replicas, fleet.timeout_s), fleet.settings)
+        self.service = Service(RemotePolicy(replicas, fleet.timeout_s), fleet.front_settings)
         self.tokens = tokens
 
     def __serve_build_asgi_app__(self):
@@ -174,7 +195,7 @@ def app(options: dict):
     if "checkpoint" not in options:
         raise ValueError("Say which policy: checkpoint=PATH_OR_ID.")
     fleet = Fleet(**{name: read_option(name, value, kinds[name]) for name, value in options.items()})
-    token = os.environ.get("OPENVLA_TOKEN")
+    token = os.environ.get("OPENVLA_TOKEN", "").strip()
     if not token and not fleet.without_token:
         raise ValueError("Whoever can ask moves your robots: OPENVLA_TOKEN=secret serve run …, or without_token=true.")
     scaling = {
@@ -188,7 +209,7 @@ def app(options: dict):
         autoscaling_config=scaling,
         ray_actor_options=share,
         max_ongoing_requests=fleet.max_batch + fleet.max_queue,
-        max_queued_requests=fleet.max_queue,
+        max_queued_requests=fleet.front_settings.max_queue,
     ).bind(fleet)
     front = serve.deployment(Front, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1024)
     return front.bind(replicas, fleet, (token,) if token else ())
