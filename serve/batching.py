@@ -20,6 +20,7 @@ from openvla.serve.safety import Forbidden
 
 log = logging.getLogger("openvla.serve")
 SESSIONS = 1024  # whose newest observations are remembered
+FAILURES = 5  # of the policy, one after the other, after which it is said to be broken
 
 
 class Refused(Exception):
@@ -62,6 +63,10 @@ class Failed(Refused):
     """The policy raised, or its action is forbidden."""
 
 
+class Broken(Failed):
+    """It raised what it never should."""
+
+
 @dataclass(frozen=True)
 class Turn:
     """When an observation came, and what its sender says of it.
@@ -79,9 +84,9 @@ class Turn:
     age: float = 0.0
     max_age: float | None = None
 
-    def check(self) -> None:
-        """Raises Stale if it is too old by now."""
-        age = self.age + time.monotonic() - self.arrived
+    def check(self, acting: float = 0.0) -> None:
+        """Raises Stale if it is too old by now, or was before the policy took `acting` seconds."""
+        age = self.age + time.monotonic() - self.arrived - acting
         if self.max_age is not None and age > self.max_age:
             allowed = f"{1000 * self.max_age:.0f} are allowed"
             raise Stale(f"The observation is {1000 * age:.0f} ms old, {allowed}.")
@@ -119,9 +124,20 @@ class Batcher:
         self.max_queue, self.timeout, self.on_batch = max_queue, timeout, on_batch
         self.thread = ThreadPoolExecutor(1, "policy")
         self.waiting: deque[_Waiting] = deque()
+        self.failures = 0  # of the policy's, since its last answer
+        self._since: float | None = None  # when the policy was asked what it is busy with, on the monotonic clock
         self._newest: dict[str, float] = {}  # when each session's newest observation came
         self._arrival = asyncio.Event()
         self._task: asyncio.Task | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why nobody should count on an answer, though who asks is not turned away."""
+        if self.failures >= FAILURES:
+            return f"The policy failed {self.failures} times in a row; the server's log tells why."
+        if self._since is not None and (seconds := time.monotonic() - self._since) > self.timeout:
+            return f"The policy has been busy with one batch for {seconds:.0f} s."
+        return None
 
     async def infer(self, observation: dict, turn: Turn) -> dict:
         """The policy's answer. Raises one of the `Refused`."""
@@ -153,11 +169,12 @@ class Batcher:
         """Refuses what is older of the same session; Superseded if that is this one, which took longer to decode."""
         if turn.session is None:
             return
-        if self._newest.pop(turn.session, -math.inf) > turn.arrived:
-            raise Superseded("Its session sent a newer observation.")
-        self._newest[turn.session] = turn.arrived
+        newest = self._newest.pop(turn.session, -math.inf)
+        self._newest[turn.session] = max(newest, turn.arrived)
         if len(self._newest) > SESSIONS:
             del self._newest[next(iter(self._newest))]  # the one that was silent longest
+        if newest > turn.arrived:
+            raise Superseded("Its session sent a newer observation.")
         for older in [each for each in self.waiting if each.turn.session == turn.session]:
             self.waiting.remove(older)
             _settle(older, Superseded("Its session sent a newer observation."))
@@ -176,14 +193,19 @@ class Batcher:
                 continue
             if not (batch := self._next_batch()):
                 continue
-            start = time.perf_counter()
+            self._since = time.monotonic()
             try:
                 answers = await loop.run_in_executor(self.thread, self._ask, batch)
             except asyncio.CancelledError:
                 for each in batch:
                     _settle(each, Busy("The server stops."))
                 raise
-            self.on_batch(len(batch), time.perf_counter() - start)
+            self.on_batch(len(batch), time.monotonic() - self._since)
+            self._since = None
+            if any(isinstance(answer, dict) for answer in answers):
+                self.failures = 0
+            else:
+                self.failures += any(isinstance(answer, Broken) for answer in answers)
             for each, answer in zip(batch, answers):
                 _settle(each, answer)
 
@@ -229,7 +251,7 @@ def _refusal(error: Exception) -> Refused:
     if isinstance(error, Forbidden):
         return Failed(str(error))
     log.error("the policy failed", exc_info=error)
-    return Failed("The policy failed; the server's log tells why.")
+    return Broken("The policy failed; the server's log tells why.")
 
 
 def _settle(each: _Waiting, answer: dict | Refused) -> None:

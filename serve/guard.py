@@ -8,15 +8,24 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import logging
+import socket
 import sys
 import time
+from collections import deque
 from urllib.parse import urlsplit
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+log = logging.getLogger("openvla.serve")
 
 OPEN = ("/", "/page.js", "/health", "/healthz", "/ready")  # need no token over HTTP: they move nothing
 DISCARDED = 4  # times the largest body: as much of a larger one is read, to tell its sender why it is refused
-HEADERS_S, BODY_S = 10.0, 20.0  # seconds in which a request's headers and its body have to come
+HEADERS_S, BODY_S = 10.0, 20.0  # seconds in which a request's headers and its body, or a message, have to come
+# Seconds until a silent client is asked whether it is there, between further tries, and how many there are: by the
+# kernels of both machines, so that a client that is blocked for minutes is not taken for one that is gone
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 
 
 class Guard:
@@ -28,7 +37,7 @@ class Guard:
         tokens: any of them will do, as "Authorization: Bearer …" or "Api-Key …"; none: everybody may ask.
         max_body: bytes of a request.
         max_sockets: websockets at a time.
-        max_requests: requests that may be read at a time.
+        max_requests: requests with bodies (POST) that may be read at a time.
         only_local: the server is for this machine alone: other names of it come from a web page that was led astray
             (DNS rebinding).
     """
@@ -47,14 +56,19 @@ class Guard:
             return
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         scope["arrived"] = time.monotonic()
-        if refusal := self.check(scope["type"] == "http" and scope["path"] in OPEN, headers):
+        brings_body = scope["type"] == "http" and scope["method"] == "POST"
+        is_open = scope["type"] == "http" and scope["path"] in OPEN and not brings_body
+        if refusal := self.check(is_open, headers):
+            log.info("refused %s %s: %s", scope["type"], scope["path"], refusal[1])
             if scope["type"] == "http" and self._length(headers) <= DISCARDED * self.max_body:
                 await self._discard(receive)
             await _refuse(scope, send, *refusal)
         elif scope["type"] == "websocket":
             await self._pass_socket(scope, receive, send)
-        else:
+        elif brings_body:
             await self._pass_request(scope, receive, send, headers)
+        else:  # whose body, if there is one, nobody reads
+            await self.app(scope, receive, send)
 
     def check(self, is_open: bool, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and reason of what may not pass.
@@ -91,7 +105,7 @@ class Guard:
                 await self._discard(receive)
             await _refuse(scope, send, 413, f"A request may have {self.max_body} bytes: send smaller pictures.")
             return
-        if self.requests >= self.max_requests and scope["method"] == "POST":
+        if self.requests >= self.max_requests:
             await self._discard(receive)
             await _refuse(scope, send, 503, f"{self.requests} requests are being answered: ask less often.")
             return
@@ -160,6 +174,8 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        if (connection := transport.get_extra_info("socket")) is not None:
+            keep_alive(connection)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -187,6 +203,70 @@ class PatientProtocol(H11Protocol):
         self._timer = None
         if self._is_waiting():
             self.transport.close()
+
+
+class PatientSockets(WebSocketsSansIOProtocol):
+    """uvicorn's websockets. Their scope holds `arrivals`: of every message that waits, when its first byte was there,
+    on the monotonic clock. One that does not come to its end in time ends the connection."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._arrivals: deque[float] = deque()
+        self._begun: float | None = None  # of the message that is coming
+        self._timer: asyncio.TimerHandle | None = None
+
+    def handle_connect(self, event) -> None:
+        super().handle_connect(event)
+        if hasattr(self, "scope"):  # else it was refused
+            self.scope["arrivals"] = self._arrivals
+
+    def data_received(self, data: bytes) -> None:
+        now, self._ended = time.monotonic(), False
+        self._begun = now if self._begun is None else self._begun
+        super().data_received(data)
+        if self._ended and not (self.frames or self.conn.reader.buffer):  # nothing has begun that is not at its end
+            self._begun = None
+            self._stop_timer()
+            return
+        self._begun = now if self._begun is None else self._begun
+        if self._timer is None:
+            self._timer = self.loop.call_later(BODY_S, self._give_up)
+
+    def handle_events(self) -> None:
+        self._ended = bool(self.conn.events)  # a frame, or the handshake
+        super().handle_events()
+
+    def send_receive_event_to_app(self) -> None:
+        self._arrivals.append(self._begun)
+        self._begun = None
+        self._stop_timer()
+        super().send_receive_event_to_app()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.read_paused:  # it is us who do not read on
+            self._timer = self.loop.call_later(BODY_S, self._give_up)
+        elif not self.transport.is_closing():
+            self.conn.fail(1008, f"A message has to come within {BODY_S:g} s.")
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Has the kernel find out that a client has vanished: robots are switched off without a word."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def is_local(host: str) -> bool:

@@ -6,8 +6,11 @@ where they do, the observation is refused, with the names that would do.
 Legend: P proprioception dims.
 """
 
+import time
+
 import numpy as np
 
+from openvla.serve.batching import Turn
 from openvla.serve.handler import MAX_INSTRUCTION
 from openvla.serve.wire import Malformed
 
@@ -18,11 +21,16 @@ ON_THE_ARM = ("wrist", "hand", "gripper")  # in the name of a camera
 # that the policy calls otherwise, if it has one of the kind. "left" for "right" may not.
 ANY_MAIN = ("image", "full_image", "image_primary", "primary", "main", "rgb", "picture", "frame")
 ANY_ON_THE_ARM = ("wrist", "wrist_image", "image_wrist", "hand", "hand_image", "gripper_image")
+# What decides about the answer, too: where a protocol does not look at it, it must not be there
+OPTIONS = ("unnorm_key", "session", "timestamp", "age_ms", "max_age_ms", "seed")
+AHEAD = 0.1  # seconds that a robot's clock may be ahead of ours
+SESSION = 200  # characters
+LATEST = 1e12  # of numbers that are times
 MAX_SIDE = 4096
 MAX_SEED, MAX_SEEDS = 2**63, 8
 
 
-def read_observation(content, metadata: dict, options: tuple[str, ...] = ()) -> dict:
+def read_observation(content, metadata: dict, options: tuple[str, ...] = OPTIONS) -> dict:
     """`images` in the policy's order, `instruction`, and `proprio` if the policy takes it.
 
     Args:
@@ -30,13 +38,18 @@ def read_observation(content, metadata: dict, options: tuple[str, ...] = ()) -> 
             instruction and the robot's state; nested, or with names such as "observation/image". Anything else is not
             looked at.
         metadata: `OpenVLAPolicy.metadata`.
-        options: names that mean something else in the protocol.
+        options: names in `content` itself that the protocol looks at; of `OPTIONS`, other places are refused.
 
     Raises Malformed for what is missing or ambiguous.
     """
     if not isinstance(content, dict):
         raise Malformed(f"Expected an observation as a map, got {type(content).__name__}.")
     fields = {name: value for name, value in flatten(content).items() if name not in options}
+    if unread := [name for name in fields if _last(name) in OPTIONS and fields[name] is not None]:
+        raise Malformed(
+            f"Nobody looks at {unread[0]!r}, which would change the answer: beside the pictures this protocol takes "
+            f"{list(options)}."
+        )
     observation = {"images": _pictures(fields, metadata), "instruction": _instruction(fields)}
     if metadata["proprio_dim"]:
         observation["proprio"] = check_state(_one(fields, STATES, "state of the robot"), metadata)
@@ -48,6 +61,25 @@ def read_observation(content, metadata: dict, options: tuple[str, ...] = ()) -> 
             raise Malformed(f"Expected a seed as an integer from 0 or a list of some, got {str(seed)[:40]}.")
         observation["seed"] = tuple(seed) if isinstance(seed, list) else seed
     return observation
+
+
+def read_turn(content: dict, arrived: float) -> Turn:
+    """Whose observation it is, and how old; Malformed for what is no time. See `Turn`."""
+    session = content.get("session")
+    if session is not None and (not isinstance(session, str) or len(session) > SESSION):
+        raise Malformed(f"Expected a session as text of up to {SESSION} characters.")
+    times = {name: content.get(name) for name in ("timestamp", "age_ms", "max_age_ms")}
+    for name, value in times.items():
+        if value is not None and (type(value) not in (int, float) or not 0 <= value < LATEST):
+            raise Malformed(f"Expected {name} as a number from 0, got {str(value)[:40]}.")
+    on_the_way = (times["age_ms"] or 0) / 1000
+    if times["timestamp"] is not None:
+        since = time.time() - times["timestamp"] - (time.monotonic() - arrived)  # when it arrived
+        if since < -AHEAD:
+            raise Malformed(f"timestamp is {-since:.1f} s in the future: set the robot's clock, or leave it out.")
+        on_the_way = max(since, on_the_way)
+    allowed = times["max_age_ms"]
+    return Turn(arrived, session, on_the_way, None if allowed is None else allowed / 1000)
 
 
 def check_state(state, metadata: dict) -> np.ndarray:
@@ -179,8 +211,9 @@ def flatten(content: dict, depth: int = 3) -> dict:
             raise Malformed(f"Expected names as text, got {str(name)[:40]!r}.")
         is_map = isinstance(value, dict) and depth
         inner = {f"{name}/{key}": each for key, each in flatten(value, depth - 1).items()} if is_map else {name: value}
-        if twice := sorted(set(inner) & set(found)):
-            raise Malformed(f"{twice[0]!r} is there twice.")
+        for twice in inner:
+            if twice in found:
+                raise Malformed(f"{twice!r} is there twice.")
         found |= inner
     return found
 

@@ -1,7 +1,8 @@
 """openpi's websocket protocol: the policy's metadata first, then an observation, its chunk, an observation, …
 
 MessagePack, arrays as openpi-client packs them. An answer is {"actions": (T, A), "server_timing": milliseconds, …}; a
-frame of text is an error, after which the connection goes on. Source: openpi, websocket_policy_server.py.
+frame of text is an error, after which the connection goes on. Observations may also hold what REST's do: `unnorm_key`,
+`session`, `timestamp`, `age_ms`, `max_age_ms`, `seed`. Source: openpi, websocket_policy_server.py.
 """
 
 import asyncio
@@ -10,13 +11,11 @@ import time
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from openvla.serve.batching import Refused, Turn
-from openvla.serve.observations import read_observation
+from openvla.serve.batching import Refused
+from openvla.serve.observations import read_observation, read_turn
 from openvla.serve.service import Left, Service, describe
-from openvla.serve.sockets import Messages
+from openvla.serve.sockets import Messages, read_bytes
 from openvla.serve.wire import Malformed, read_msgpack, write_msgpack
-
-OPTIONS = ("unnorm_key", "seed")
 
 
 async def openpi(websocket: WebSocket) -> None:
@@ -46,13 +45,15 @@ async def openpi(websocket: WebSocket) -> None:
                 await websocket.send_text(f"{status}: {words}")
 
 
-async def _answer(service: Service, message: dict, arrived: float, unnorm_key: str | None) -> dict:
-    content = await asyncio.to_thread(read_msgpack, service.take(message), service.settings.max_pixels)
+async def _answer(service: Service, message: dict | None, arrived: float, unnorm_key: str | None) -> dict:
+    data = read_bytes(message, service.settings.max_body)
+    content = await asyncio.to_thread(read_msgpack, data, service.settings.max_pixels)
     if not isinstance(content, dict):
         raise Malformed(f"Expected an observation as a map, got {type(content).__name__}.")
-    metadata = service.metadata(content.get("unnorm_key", unnorm_key))
-    observation = await asyncio.to_thread(read_observation, content, metadata, OPTIONS)
-    answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]}, Turn(arrived))
+    wanted = content.get("unnorm_key")
+    metadata = service.metadata(unnorm_key if wanted is None else wanted)
+    observation = await asyncio.to_thread(read_observation, content, metadata)
+    answer = await service.act({**observation, "unnorm_key": metadata["unnorm_key"]}, read_turn(content, arrived))
     return {
         "actions": np.ascontiguousarray(answer["actions"]),
         "server_timing": {"infer_ms": answer["timing"]["infer_ms"]},

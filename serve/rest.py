@@ -20,23 +20,19 @@ import asyncio
 import base64
 import io
 import json
-import time
 
 import numpy as np
 from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from openvla.serve.batching import Refused, Turn
+from openvla.serve.batching import Refused
 from openvla.serve.drawing import draw_motion
-from openvla.serve.observations import read_observation
+from openvla.serve.observations import OPTIONS, read_observation, read_turn
 from openvla.serve.service import Service, describe, unless
 from openvla.serve.wire import Malformed, Pictures, read_json, write_json_numpy
 
-OPTIONS = ("unnorm_key", "session", "timestamp", "age_ms", "max_age_ms", "seed", "draw")
-AHEAD = 1.0  # seconds that a robot's clock may be ahead of ours
-SESSION = 200  # characters
-LATEST = 1e12  # of numbers that are times
+DRAWN_SIDE = 1024  # pixels of the picture that a motion is drawn on, at most
 
 
 async def act(request: Request) -> Response:
@@ -49,7 +45,7 @@ async def act(request: Request) -> Response:
             content, encoded = await asyncio.to_thread(_read, body)
             metadata = service.metadata(content.get("unnorm_key"))
             observation, plain = await asyncio.to_thread(_observe, content, metadata, service.settings.max_pixels)
-            turn = _read_turn(content, arrived)
+            turn = read_turn(content, arrived)
             answer = await unless(_leaves(request), service.act(observation, turn))
             style = "plain" if plain else "oft" if "full_image" in content else "original"
             reply = _write(answer, metadata, style)
@@ -102,34 +98,19 @@ def _observe(content: dict, metadata: dict, max_pixels: int) -> tuple[dict, bool
         content[name] = (
             dict(zip(given, read)) if isinstance(given, dict) else read if isinstance(given, list) else read[0]
         )
-    observation = read_observation(content, metadata, OPTIONS)
+    if content.get("draw") not in (None, True, False):
+        raise Malformed(f"Expected draw as true or false, got {str(content['draw'])[:40]!r}.")
+    observation = read_observation(content, metadata, (*OPTIONS, "draw"))
     return observation | {"unnorm_key": metadata["unnorm_key"]}, plain
-
-
-def _read_turn(content: dict, arrived: float) -> Turn:
-    session = content.get("session")
-    if session is not None and (not isinstance(session, str) or len(session) > SESSION):
-        raise Malformed(f"Expected a session as text of up to {SESSION} characters.")
-    times = {name: content.get(name) for name in ("timestamp", "age_ms", "max_age_ms")}
-    for name, value in times.items():
-        if value is not None and (type(value) not in (int, float) or not 0 <= value < LATEST):
-            raise Malformed(f"Expected {name} as a number from 0, got {str(value)[:40]}.")
-    on_the_way = (times["age_ms"] or 0) / 1000
-    if times["timestamp"] is not None:
-        since = time.time() - times["timestamp"] - (time.monotonic() - arrived)  # when it arrived
-        if since < -AHEAD:
-            raise Malformed(f"timestamp is {-since:.1f} s in the future: set the robot's clock, or leave it out.")
-        on_the_way = max(since, on_the_way)
-    allowed = times["max_age_ms"]
-    return Turn(arrived, session, on_the_way, None if allowed is None else allowed / 1000)
 
 
 def _draw(picture: np.ndarray, reply: dict, metadata: dict) -> str:
     dims = [(dim["name"], dim["unit"]) for dim in metadata["action_dims"]]
     low, high = ([dim[end] for dim in metadata["action_dims"]] for end in ("low", "high"))
     stats = {"q01": low, "q99": high, "mask": metadata["mask"]}
-    file = io.BytesIO()
-    draw_motion(Image.fromarray(picture), np.asarray(reply["actions"]), dims, stats).save(file, "PNG")
+    file, image = io.BytesIO(), Image.fromarray(picture)
+    image.thumbnail((DRAWN_SIDE, DRAWN_SIDE))
+    draw_motion(image, np.asarray(reply["actions"]), dims, stats).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 

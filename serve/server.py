@@ -31,7 +31,7 @@ from openvla.cli import command_parser
 
 log = logging.getLogger("openvla.serve")
 MAX_SOCKETS = 256
-MORE_REQUESTS = 16  # at a time than observations that can be answered, for /health and the like
+MORE_REQUESTS = 16  # that are read at a time than observations that can be answered
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; "
     "img-src 'self' data: blob:; media-src blob:; connect-src 'self'; frame-ancestors 'none'",
@@ -171,7 +171,8 @@ def create_app(service, tokens: tuple[str, ...] = (), only_local: bool = False):
         return PlainTextResponse("OK\n")
 
     async def ready(request):
-        return JSONResponse({"ready": service.ready, "problem": service.problem}, 200 if service.ready else 503)
+        problem = service.unhealthy
+        return JSONResponse({"ready": problem is None, "problem": problem}, 200 if problem is None else 503)
 
     async def metadata(request):
         default, first = service.backend.default, next(iter(service.backend.metadata), None)
@@ -183,6 +184,7 @@ def create_app(service, tokens: tuple[str, ...] = (), only_local: bool = False):
             return JSONResponse({"error": words}, status)
 
     async def counts(request):
+        service.metrics.ready.set(service.unhealthy is None)
         return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
     def page(name: str, media_type: str):
@@ -230,7 +232,7 @@ def make_server(service, tokens: tuple[str, ...] = (), host: str = "127.0.0.1", 
     """
     import uvicorn
 
-    from openvla.serve.guard import PatientProtocol, is_local
+    from openvla.serve.guard import PatientProtocol, PatientSockets, is_local
 
     class Server(uvicorn.Server):
         """Answers what is asked before it ends: uvicorn alone drops websockets at once."""
@@ -263,7 +265,7 @@ def make_server(service, tokens: tuple[str, ...] = (), host: str = "127.0.0.1", 
         host=host,
         port=port,
         http=PatientProtocol,
-        ws="websockets-sansio",
+        ws=PatientSockets,
         ws_max_size=2 * service.settings.max_body,  # up to there the sender is told why, beyond it is cut off
         ws_ping_interval=None,  # simulators block their client for a minute at a time
         ws_per_message_deflate=False,  # a small message may not become a large one, and pictures are compressed

@@ -133,6 +133,10 @@ class LocalPolicy:
     async def infer(self, observation: dict, turn: Turn) -> dict:
         return await self.batcher.infer(observation, turn)
 
+    @property
+    def problem(self) -> str | None:
+        return self.batcher.problem
+
     def stop(self) -> None:
         self.batcher.stop()
 
@@ -152,7 +156,13 @@ class Service:
 
     @property
     def ready(self) -> bool:
+        """Whether observations are taken."""
         return self.problem is None
+
+    @property
+    def unhealthy(self) -> str | None:
+        """Why orchestrators should send robots elsewhere: not ready, or the policy fails again and again."""
+        return self.problem or self.backend.problem
 
     async def start(self) -> None:
         """Makes ready; what is wrong with the policy ends in `problem`, as the server goes on to tell it."""
@@ -165,13 +175,11 @@ class Service:
         if self.stopping:
             return
         self.problem = None
-        self.metrics.ready.set(1)
         log.info("ready")
 
     async def drain(self) -> None:
         """Takes nothing more, and waits until all answers are sent, as long as the settings' patience lasts."""
         self.stopping, self.problem = True, "The server is about to stop."
-        self.metrics.ready.set(0)
         end = time.monotonic() + self.settings.patience_s
         while self.answering and time.monotonic() < end:
             await asyncio.sleep(0.01)
@@ -189,14 +197,6 @@ class Service:
         if not isinstance(key, str) or key not in keys:
             raise Malformed(f"Unknown unnorm_key {str(key)[:60]!r}; this policy has {keys}.")
         return {**self.backend.metadata[key], "unnorm_keys": keys}
-
-    def take(self, message: dict) -> bytes:
-        """The bytes of a websocket's message."""
-        if message.get("bytes") is None:
-            raise Malformed("Expected a frame of bytes, got one of text.")
-        if len(message["bytes"]) > self.settings.max_body:
-            raise TooLarge(f"A message may have {self.settings.max_body} bytes: send smaller pictures.")
-        return message["bytes"]
 
     def admit(self) -> None:
         """Busy if there is no use in reading another observation."""
@@ -230,15 +230,19 @@ class Service:
             level = logging.DEBUG if outcome == "ok" else logging.INFO
             log.log(level, "%s %s in %.1f ms", protocol, outcome, 1000 * seconds, extra=facts)
 
+    def limit_age(self, turn: Turn) -> Turn:
+        """With the server's limit, if its sender has set none."""
+        if turn.max_age is None and self.settings.max_age_ms is not None:
+            return replace(turn, max_age=self.settings.max_age_ms / 1000)
+        return turn
+
     async def act(self, observation: dict, turn: Turn) -> dict:
         """The answer of `OpenVLAPolicy.infer`; raises one of `Refused`.
 
         Args:
             observation: of `OpenVLAPolicy.infer`, with its `unnorm_key`.
         """
-        if turn.max_age is None and self.settings.max_age_ms is not None:
-            turn = replace(turn, max_age=self.settings.max_age_ms / 1000)
-        answer = await self.backend.infer(observation, turn)
+        answer = await self.backend.infer(observation, self.limit_age(turn))
         if changed := answer.get("clamped"):
             self.metrics.clamped.inc()
             by_robot = any(each["limits"] != STATISTICS for each in changed)

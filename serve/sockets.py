@@ -1,4 +1,8 @@
-"""A websocket's messages with the time they came, and whether its client is still there."""
+"""A websocket's messages with the time of their first byte, and whether its client is still there.
+
+Everything is read as it comes, since nobody sees when that came which waits in the kernels' buffers; what a client
+sends before it has its answers is soon refused, in its turn, as answers are told apart by their order alone.
+"""
 
 import asyncio
 import contextlib
@@ -7,9 +11,12 @@ from collections.abc import Coroutine
 
 from starlette.websockets import WebSocket
 
-from openvla.serve.service import unless
+from openvla.serve.batching import Busy
+from openvla.serve.service import TooLarge, unless
+from openvla.serve.wire import Malformed
 
-AHEAD = 2  # messages that are taken before those before them are answered
+AHEAD = 2  # messages that are kept while those before them are answered; of others, only the place
+MOST = 64  # places
 
 
 class Messages:
@@ -17,12 +24,13 @@ class Messages:
 
     async with Messages(websocket) as messages:
         async for message, arrived in messages:
-            await websocket.send_bytes(await messages.while_there(answer(message)))
+            await websocket.send_bytes(await messages.while_there(answer(read_bytes(message, max_body))))
     """
 
     def __init__(self, websocket: WebSocket):
         self.websocket, self.gone = websocket, asyncio.Event()
-        self._messages: asyncio.Queue = asyncio.Queue(AHEAD)
+        self._messages: asyncio.Queue = asyncio.Queue()
+        self._overrun = False
 
     async def __aenter__(self) -> "Messages":
         self._reader = asyncio.create_task(self._read())
@@ -32,12 +40,14 @@ class Messages:
         self._reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
+        if self._overrun:
+            await self.websocket.close(1008, f"More than {MOST} messages were sent without waiting for answers.")
 
     def __aiter__(self) -> "Messages":
         return self
 
-    async def __anext__(self) -> tuple[dict, float]:
-        """An ASGI message, and when it was there on the monotonic clock."""
+    async def __anext__(self) -> tuple[dict | None, float]:
+        """An ASGI message, None for one that was not kept; and when its first byte came, on the monotonic clock."""
         if (found := await self._messages.get()) is None:
             raise StopAsyncIteration
         return found
@@ -47,7 +57,22 @@ class Messages:
         return await unless(self.gone.wait(), work)
 
     async def _read(self) -> None:
-        while (message := await self.websocket.receive())["type"] != "websocket.disconnect":
-            await self._messages.put((message, time.monotonic()))
-        self.gone.set()
-        await self._messages.put(None)
+        arrivals = self.websocket.scope.get("arrivals", ())  # of `PatientSockets`
+        while not self._overrun and (message := await self.websocket.receive())["type"] != "websocket.disconnect":
+            arrived, waiting = arrivals.popleft() if arrivals else time.monotonic(), self._messages.qsize()
+            self._messages.put_nowait((message if waiting < AHEAD else None, arrived))
+            self._overrun = waiting >= MOST
+        if not self._overrun:
+            self.gone.set()
+        self._messages.put_nowait(None)
+
+
+def read_bytes(message: dict | None, max_body: int) -> bytes:
+    """Of an ASGI message. Raises Busy, Malformed or TooLarge."""
+    if message is None:
+        raise Busy(f"{AHEAD} messages of this client wait already: wait for answers.")
+    if message.get("bytes") is None:
+        raise Malformed("Expected a frame of bytes, got one of text.")
+    if len(message["bytes"]) > max_body:
+        raise TooLarge(f"A message may have {max_body} bytes: send smaller pictures.")
+    return message["bytes"]

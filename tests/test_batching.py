@@ -98,6 +98,36 @@ def test_the_newest_of_a_session_wins(policy):
     assert run(policy, script) == [0, Superseded, Superseded, 3, 4]
 
 
+def test_the_newest_of_a_session_wins_whichever_was_decoded_first(policy):
+    async def script(batcher):
+        first = await occupy(batcher, policy)
+        now = time.monotonic()
+        later = [
+            asyncio.create_task(batcher.infer({"number": number}, Turn(now + number, session="arm")))
+            for number in (3, 2, 1)
+        ]
+        await asyncio.sleep(0)
+        policy.free.set()
+        return [await outcome(task) for task in (first, *later)]
+
+    assert run(policy, script) == [0, 3, Superseded, Superseded]
+
+
+def test_a_batch_that_never_ends_is_a_problem(policy):
+    async def script(batcher):
+        first = await occupy(batcher, policy)
+        told = [batcher.problem]
+        await asyncio.sleep(0.1)
+        told.append(batcher.problem)
+        policy.free.set()
+        await outcome(first)
+        await asyncio.sleep(0.05)
+        return [*told, batcher.problem]
+
+    before, late, after = run(policy, script, timeout=0.05)
+    assert before is None and after is None and "busy with one batch" in late
+
+
 def test_the_queue_is_bounded(policy):
     async def script(batcher):
         first = await occupy(batcher, policy)

@@ -157,6 +157,9 @@ def test_our_client(served, scene):
         ({"max_age_ms": -1}, 422, "max_age_ms"),
         ({"timestamp": "now"}, 422, "timestamp"),
         ({"timestamp": 1e11}, 422, "in the future"),
+        ({"timestamp": time.time() + 900, "max_age_ms": 100}, 422, "in the future"),
+        ({"draw": "false"}, 422, "Expected draw as true or false"),
+        ({"observation": {"unnorm_key": "toy_robot"}}, 422, "Nobody looks at 'observation/unnorm_key'"),
         ({"timestamp": 1e300}, 422, "Expected timestamp"),
         ({"timestamp": 10**400}, 422, "timestamp"),
         ({"max_age_ms": 10**400}, 422, "max_age_ms"),
@@ -216,6 +219,11 @@ def test_openpi_over_a_websocket(served, scene):
         client.send(packed(picture, instruction))
         first = read_msgpack(client.recv(), 0)
         np.testing.assert_allclose(first["actions"], [actions["toy_robot"]], atol=1e-12)
+        client.send(packed(picture, instruction, unnorm_key=None))
+        answer = read_msgpack(client.recv(), 0)
+        np.testing.assert_allclose(answer["actions"], [actions["toy_robot"]], atol=1e-12)
+        client.send(packed(picture, instruction, age_ms=101, max_age_ms=100))
+        assert client.recv().startswith("410: ")
         client.send(packed(picture, instruction, unnorm_key="bridge_orig"))
         answer = read_msgpack(client.recv(), 0)
         np.testing.assert_allclose(answer["actions"], [actions["bridge_orig"]], atol=1e-12)
@@ -256,7 +264,14 @@ def test_vla_eval_over_a_websocket(served, scene):
 
 def test_chunks_over_vla_eval(oft_policy, oft_recorded, oft_golden):
     """One action per observation; the policy is asked at the ends of chunks, and after an episode's start."""
-    policy, entry = OpenVLAPolicy(*oft_policy(), unnorm_key="toy_robot"), oft_recorded["inputs"][0]
+    model, processor = oft_policy()
+    told = model.norm_stats["toy_robot"]["action"]
+    policy, entry = OpenVLAPolicy(model, processor, unnorm_key="toy_robot"), oft_recorded["inputs"][0]
+    with Served(policy, "toy_robot") as served, connect(f"ws://127.0.0.1:{served.port}/vla-eval") as client:
+        for each in ("hello", "observation"):  # which way its gripper closes nobody knows
+            client.send(message(each, {}))
+            assert "do not say what the gripper's numbers mean" in read_msgpack(client.recv(), 0)["payload"]["error"]
+    told |= {"names": ["x", "y", "z", "roll", "pitch", "yaw", "gripper"], "units": [""] * 6 + ["1 = open"]}
     chunk = np.array(entry["actions_l1_proprio_fp32"])
     names = {name: oft_golden[f"00.{camera}_u8"].numpy() for name, camera in (("front", "primary"), ("hand", "wrist"))}
     instruction = entry["prompt"].split("robot take to ")[1].removesuffix("?\nOut:")
@@ -266,19 +281,25 @@ def test_chunks_over_vla_eval(oft_policy, oft_recorded, oft_golden):
         asked_for = read_msgpack(client.recv(), 0)["payload"]["observation_params"]
         assert asked_for["send_wrist_image"] and asked_for["send_state"]
 
-        def act() -> np.ndarray:
-            client.send(message("observation", payload))
+        def act(**change) -> np.ndarray:
+            client.send(message("observation", {**payload, **change}))
             return read_msgpack(client.recv(), 0)["payload"]["actions"]
 
         steps = [act() for _ in range(len(chunk) + 1)]
-        asked = len(served.asked)
+        asked = [len(served.asked)]
         client.send(message("episode_start", {}))
         again = act()
-    opens = [dim["unit"] == "1 = open" for dim in policy.metadata["action_dims"]]
-    expected = np.where(opens, np.where(chunk > 0.5, -1, 1), chunk).astype(np.float32)
+        asked.append(len(served.asked))
+        act(task_description="wave")  # amid a chunk, something else to do
+        asked.append(len(served.asked))
+        for wrong in ({"images": {}}, {"unnorm_key": "toy_robot"}, {"age_ms": 9, "max_age_ms": 5}):
+            client.send(message("observation", {**payload, **wrong}))  # amid a chunk, too
+            assert read_msgpack(client.recv(), 0)["type"] == "error"
+    expected = chunk.astype(np.float32)
+    expected[:, -1] = np.where(chunk[:, -1] > 0.5, -1, 1)
     np.testing.assert_allclose(steps, [*expected, expected[0]], atol=2e-5)
     np.testing.assert_allclose(again, expected[0], atol=2e-5)
-    assert (asked, len(served.asked)) == (2, 3)
+    assert asked == [2, 3, 4] == [*asked[:2], len(served.asked)]
 
 
 # --- Who may ask, and how much ---------------------------------------------------------------------------------------
@@ -378,6 +399,40 @@ def test_slow_requests(policy, monkeypatch):
             each.close()
 
 
+def test_open_paths_read_no_body(guarded, scene):
+    """Nor do they take the place of those who may ask."""
+    picture, instruction, actions = scene
+    slow = []
+    for _ in range(40):  # more than may be read at a time
+        slow.append(socket.create_connection(("127.0.0.1", guarded.port)))
+        slow[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{")
+        slow[-1].settimeout(5)
+        assert slow[-1].recv(1000).startswith(b"HTTP/1.1 200")
+    request = {"image": write_json_numpy(picture), "instruction": instruction, "unnorm_key": "toy_robot"}
+    assert post(guarded.url, request, TOKEN)[0] == 200
+    assert post(guarded.url, b"{}", path="/health")[0] == 401  # what brings a body needs a token
+    for each in slow:
+        each.close()
+
+
+def test_vanished_clients_are_noticed(served):
+    with connect(f"ws://127.0.0.1:{served.port}") as client:
+        client.recv()
+        (connection,) = [each for each in served.server.server_state.connections if hasattr(each, "frames")]
+        socket_of_it = connection.transport.get_extra_info("socket")
+        assert socket_of_it.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert socket_of_it.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == guard.KEEPALIVE["TCP_KEEPIDLE"]
+
+
+def test_a_message_has_to_come_to_its_end(policy, monkeypatch, scene):
+    monkeypatch.setattr(guard, "BODY_S", 0.5)
+    with Served(policy, "bridge_orig") as served, connect(f"ws://127.0.0.1:{served.port}") as client:
+        client.recv()
+        client.socket.sendall(b"\x82\xfe\x10\x00")  # the head of a frame of 4096 bytes
+        with pytest.raises(ConnectionClosed, match="come within 0.5 s"):
+            client.recv(timeout=5)
+
+
 def test_idle_connections_are_kept(served, monkeypatch, scene):
     """A robot that asks now and then does so over one connection."""
     monkeypatch.setattr(guard, "HEADERS_S", 0.3)
@@ -394,12 +449,16 @@ def test_too_many_at_once(policy, scene):
     picture, instruction, _ = scene
     request = {"image": write_json_numpy(picture), "instruction": instruction}
     with Served(policy, "bridge_orig", max_queue=1, max_batch=1) as served:
-        free = threading.Event()
+        free, started = threading.Event(), threading.Event()
         answer = served.backend.infer_batch
-        served.backend.batcher.infer_batch = lambda observations: free.wait(20) and answer(observations)
+        served.backend.batcher.infer_batch = lambda observations: (
+            started.set() or free.wait(20) and answer(observations)
+        )
         statuses = []
         threads = [threading.Thread(target=lambda: statuses.append(post(served.url, request)[0])) for _ in range(5)]
-        for thread in threads:
+        threads[0].start()
+        assert started.wait(10)  # nobody waits any more
+        for thread in threads[1:]:
             thread.start()
         wait_for(lambda: len(statuses) >= 3, 10)
         free.set()
@@ -474,6 +533,83 @@ def test_age_counts_from_the_first_byte(served, scene):
         time.sleep(0.5)
         slow.sendall(body)
         assert slow.recv(1000).startswith(b"HTTP/1.1 410")
+
+
+def test_age_counts_from_the_first_byte_over_websockets(served, scene):
+    picture, instruction, actions = scene
+    with connect(f"ws://127.0.0.1:{served.port}") as client:
+        client.recv()
+        for pause, problem in ((0.0, None), (0.5, "410: ")):
+            time.sleep(0.4)  # silence before it is nobody's age
+            content = packed(picture, instruction, max_age_ms=300)
+            head, masked = content[: len(content) // 2], content[len(content) // 2 :]
+            client.send([head, masked]) if not pause else client.send(slowly([head, masked], pause))
+            answer = client.recv()
+            if problem:
+                assert answer.startswith(problem)
+            else:
+                np.testing.assert_allclose(read_msgpack(answer, 0)["actions"], [actions["bridge_orig"]], atol=1e-12)
+
+
+def slowly(parts: list[bytes], pause: float):
+    for part in parts:
+        yield part
+        time.sleep(pause)
+
+
+def test_messages_sent_at_once_are_as_old_as_they_are(policy, scene):
+    """And more than two ahead of their answers are too many."""
+    picture, instruction, _ = scene
+    with Served(policy, "bridge_orig") as served, connect(f"ws://127.0.0.1:{served.port}") as client:
+        client.recv()
+        answer = served.backend.infer_batch
+
+        def slow(observations):
+            time.sleep(0.3)
+            return answer(observations)
+
+        served.backend.batcher.infer_batch = slow
+        for _ in range(8):
+            client.send(packed(picture, instruction, max_age_ms=500))
+        answers = [client.recv() for _ in range(8)]
+    told = [each[:3] if isinstance(each, str) else "ok" for each in answers]
+    assert told == ["ok", "ok", "410", *["503"] * 5]
+
+
+def test_a_client_that_never_waits_is_cut_off(served):
+    with connect(f"ws://127.0.0.1:{served.port}") as client:
+        client.recv()
+        with pytest.raises(ConnectionClosed, match="without waiting for answers"):
+            for _ in range(10_000):
+                client.send(b"x" * 1000)
+            while True:
+                client.recv()
+
+
+def test_a_policy_that_fails_again_and_again_is_not_ready(policy, scene):
+    picture, instruction, _ = scene
+    request = {"image": write_json_numpy(picture), "instruction": instruction}
+    with Served(policy, "bridge_orig") as served:
+        answer = served.backend.infer_batch
+        broken = True
+
+        def infer(observations):
+            if broken:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return answer(observations)
+
+        served.backend.batcher.infer_batch = infer
+        states = []
+        for _ in range(5):
+            states.append(get(served.url + "/ready")[0])
+            status, told = post(served.url, request)
+            assert status == 500 and "CUDA" not in told["error"]
+        assert states == [200] * 5
+        status, told = get(served.url + "/ready")
+        assert status == 503 and "failed 5 times in a row" in json.loads(told)["problem"]
+        assert "openvla_ready 0.0" in served.get("/metrics").decode()
+        broken = False
+        assert post(served.url, request)[0] == 200 and get(served.url + "/ready")[0] == 200
 
 
 def test_what_was_clamped_is_told(model, processor, scene, tmp_path):
