@@ -137,10 +137,26 @@ MISTAKES = {
         "plain_tensors(parameter.detach())",
         "plain_tensors(parameter.detach())[:1]",
     ),
+    "any token will do": ("serve/guard.py", "and not any(known)", "and not known"),
+    "bodies on paths that need no token": ("serve/guard.py", "in OPEN and not brings_body", "in OPEN"),
+    "old observations are answered": ("serve/batching.py", "> self.max_age:", "> 1000 * self.max_age:"),
+    "ages in seconds": ("serve/observations.py", 'times["age_ms"] or 0) / 1000', 'times["age_ms"] or 0) / 1e6'),
+    "the oldest of a session wins": ("serve/batching.py", "max(newest, turn.arrived)", "turn.arrived"),
+    "answers in another order": (
+        "serve/service.py",
+        "for place, answer in zip(places,",
+        "for place, answer in zip(places[::-1],",
+    ),
+    "nothing is clamped": ("serve/safety.py", "np.clip(actions, self.low, self.high)", "actions.copy()"),
+    "grippers as the dataset has them": ("serve/vla_eval.py", "action > 0.5, -1.0, 1.0)", "action > 0.5, 1.0, -1.0)"),
+    "a chunk goes on after an error": ("serve/vla_eval.py", "episode.reset()  # a robot", "pass  # a robot"),
+    "keys that nobody looks at": ("serve/observations.py", "if unread := [", "if unread := [] and ["),
+    "wrist for main": ("serve/observations.py", "[*main, *arm] if", "[*arm, *main] if"),
     "what is no action is right": ("evaluate/offline.py", '& ~output["replaced"]', ""),
 }
 EVALUATING = ("envs", "envs_metaworld", "rollout", "demos", "report", "offline", "quantization")
-SERVING = ("policy", "action_queue", "client", "handler", "quantization")
+SERVING = ("policy", "action_queue", "client", "handler", "quantization", "batching", "observations", "safety", "wire")
+SERVING += ("server",)
 PUBLISHING = ("convert", "export", "hub_server", "upload", "model_card", "handler", "app", "drawing")
 
 

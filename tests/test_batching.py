@@ -104,7 +104,7 @@ def test_the_newest_of_a_session_wins_whichever_was_decoded_first(policy):
         now = time.monotonic()
         later = [
             asyncio.create_task(batcher.infer({"number": number}, Turn(now + number, session="arm")))
-            for number in (3, 2, 1)
+            for number in (3, 1, 2)
         ]
         await asyncio.sleep(0)
         policy.free.set()

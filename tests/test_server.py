@@ -119,6 +119,19 @@ def test_as_openvla_oft_asks(served, scene):
     np.testing.assert_allclose(array(answer[0]), actions["bridge_orig"], atol=1e-12)
 
 
+def test_everybody_gets_their_own(served, recorded, images):
+    """In one batch, with the statistics of two robots."""
+    keys, entries = ("toy_robot", "bridge_orig", "toy_robot", "bridge_orig"), recorded["inputs"][:4]
+    assert len({tuple(entry["actions"]["toy_robot"]) for entry in entries}) == 4
+    observations = [
+        {"images": images[index].convert("RGB"), "instruction": entry["instruction"], "unnorm_key": key}
+        for index, (key, entry) in enumerate(zip(keys, entries))
+    ]
+    answers = served.backend.infer_batch(observations)
+    expected = [[entry["actions"][key]] for key, entry in zip(keys, entries)]
+    np.testing.assert_allclose([answer["actions"] for answer in answers], expected, atol=1e-12)
+
+
 def test_plain_json(served, scene):
     picture, instruction, actions = scene
     for image in ({"image": as_png(picture)}, {"images": [f"data:image/png;base64,{as_png(picture)}"]}):
@@ -295,11 +308,13 @@ def test_chunks_over_vla_eval(oft_policy, oft_recorded, oft_golden):
         for wrong in ({"images": {}}, {"unnorm_key": "toy_robot"}, {"age_ms": 9, "max_age_ms": 5}):
             client.send(message("observation", {**payload, **wrong}))  # amid a chunk, too
             assert read_msgpack(client.recv(), 0)["type"] == "error"
+            act()  # and the chunk is over
+            asked.append(len(served.asked))
     expected = chunk.astype(np.float32)
     expected[:, -1] = np.where(chunk[:, -1] > 0.5, -1, 1)
     np.testing.assert_allclose(steps, [*expected, expected[0]], atol=2e-5)
     np.testing.assert_allclose(again, expected[0], atol=2e-5)
-    assert asked == [2, 3, 4] == [*asked[:2], len(served.asked)]
+    assert asked == [2, 3, 4, 5, 6, 7]
 
 
 # --- Who may ask, and how much ---------------------------------------------------------------------------------------
