@@ -1,32 +1,34 @@
 #!/usr/bin/env bash
 # The small policy, from nothing: demonstrations in LIBERO, training, evaluation, export. A stopped run goes on.
 #
-#   recipes/nano.sh                                        # two CPU cores: all of libero_spatial, four hours
-#   TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial   # four minutes: does everything run?
-#   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh       # one GPU
+#   recipes/nano.sh                                                              # two CPU cores: ten hours
+#   SUITES=libero_object TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial    # ten minutes: does everything run?
+#   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh                             # one GPU
 #
 # FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, evaluation/ and policy/. Settings come as environment
-# variables: SUITE, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, EVAL (the official initial states
+# variables: SUITES, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, EVAL (the official initial states
 # to evaluate on), WORKERS, DEVICE. Demonstrations start from random placements, never from the official initial states,
 # all of which are new to the policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or osmesa without a
 # screen.
 set -euo pipefail
 
 FOLDER=${1:-runs/nano}
-SUITE=${SUITE:-libero_spatial} TASKS=${TASKS:-all} DEMOS=${DEMOS:-30}
-STEPS=${STEPS:-5000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-19} WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
-DEVICE=${DEVICE:-cpu}
+read -ra SUITES <<<"${SUITES:-libero_spatial libero_object}"
+TASKS=${TASKS:-all} DEMOS=${DEMOS:-30} STEPS=${STEPS:-8000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-9} DEVICE=${DEVICE:-cpu}
+WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 export MUJOCO_GL=${MUJOCO_GL:-egl}
 export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000  # keep what is freed: twice as fast on a CPU
 
-demonstrate() {  # OUT OPTIONS…: a third in answer to another instruction than the scene is made for
-  [ -d "$1" ] || openvla demos "$SUITE" --tasks "$TASKS" --noise 0 --other-share 0.35 --cameras agentview wrist \
-    --renderer fast --codec h264 --workers "$WORKERS" --out "$@"
+demonstrate() {  # FOLDER OPTIONS…: a third in answer to another instruction than the scene is made for
+  for suite in "${SUITES[@]}"; do
+    [ -d "$1/$suite" ] || openvla demos "$suite" --tasks "$TASKS" --noise 0 --other-share 0.35 \
+      --cameras agentview wrist --renderer fast --codec h264 --workers "$WORKERS" --out "$1/$suite" "${@:2}"
+  done
 }
 
 train() {  # MODEL RUN LEARNING_RATE DATA…: chunks of eight actions, from two cameras and the state of the arm
   [ -d "$2/merged" ] || openvla finetune --model "$1" --output_dir "$2" --resume true --learning_rate "$3" \
-    --data "${@:4}" --name "$SUITE" --mode full --head l1 --chunk 8 --pad_chunks true \
+    --data "${@:4}" --name libero --mode full --head l1 --chunk 8 --pad_chunks true \
     --cameras observation.images.agentview observation.images.wrist --proprio true --augment false --cache_images true \
     --bf16 true $([ "$DEVICE" = cpu ] && echo "--use_cpu true") --per_device_train_batch_size "$BATCH" \
     --gradient_checkpointing false --max_steps "$STEPS" --lr_scheduler_type cosine --warmup_steps 100 --ema 0.998 \
@@ -34,20 +36,22 @@ train() {  # MODEL RUN LEARNING_RATE DATA…: chunks of eight actions, from two 
 }
 
 # 1. Demonstrations by the scripted expert, pushed off its way now and then
-demonstrate "$FOLDER/demos/$SUITE" --random "$DEMOS" --push 0.04
+demonstrate "$FOLDER/demos" --random "$DEMOS" --push 0.04
 
 # 2. The first eight blocks of DINOv2-small, and a language model of random weights: all of it learns
 [ -d "$FOLDER/base" ] || python -m openvla.finetune.nano "$FOLDER/base"
-train "$FOLDER/base" "$FOLDER/first" 3e-4 "$FOLDER/demos/$SUITE"
+train "$FOLDER/base" "$FOLDER/first" 3e-4 "$FOLDER"/demos/*
 
 # 3. Where that policy gets to, the expert shows how to go on; the policy learns from both
-demonstrate "$FOLDER/led/$SUITE" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged"
-train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "$FOLDER/demos/$SUITE" "$FOLDER/led/$SUITE"
+demonstrate "$FOLDER/led" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged"
+train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "$FOLDER"/demos/* "$FOLDER"/led/*
 
 # 4. In the simulator, with the official renderer, from the official initial states; and asked for something else
-for words in "" --ask-other; do
-  openvla evaluate "$FOLDER/run/merged" --suite "$SUITE" --tasks "$TASKS" --episodes "$EVAL" --num-envs "$WORKERS" \
-    --output-dir "$FOLDER/evaluation$words" $words
+for suite in "${SUITES[@]}"; do
+  for words in "" --ask-other; do
+    openvla evaluate "$FOLDER/run/merged" --suite "$suite" --tasks "$TASKS" --episodes "$EVAL" --num-envs "$WORKERS" \
+      --output-dir "$FOLDER/evaluation/$suite$words" $words
+  done
 done
 
 # 5. One folder to publish
