@@ -93,7 +93,7 @@ class ActionTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def compute_loss_context_manager(self):
-        """On a CPU with attention in plain products: PyTorch's kernel takes twice as long, going back even longer."""
+        """On a CPU with attention in plain products, of which PyTorch's kernel makes more work going back."""
         context = super().compute_loss_context_manager()
         if self.args.device.type != "cpu" or not self.args.bf16 or self.args.gradient_checkpointing:
             return context
