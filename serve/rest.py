@@ -98,7 +98,7 @@ def _observe(content: dict, metadata: dict, max_pixels: int) -> tuple[dict, bool
         content[name] = (
             dict(zip(given, read)) if isinstance(given, dict) else read if isinstance(given, list) else read[0]
         )
-    if content.get("draw") not in (None, True, False):
+    if not isinstance(content.get("draw"), bool | None):
         raise Malformed(f"Expected draw as true or false, got {str(content['draw'])[:40]!r}.")
     observation = read_observation(content, metadata, (*OPTIONS, "draw"))
     return observation | {"unnorm_key": metadata["unnorm_key"]}, plain
