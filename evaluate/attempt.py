@@ -41,6 +41,8 @@ def main(argv: list[str]) -> None:
     if importlib.util.find_spec("libero") is None:
         predict_example(args.checkpoint)
         return
+    import torch
+
     from openvla.evaluate.envs import open_env
     from openvla.evaluate.rollout import Job, run_episodes
     from openvla.evaluate.simulate import choose_cameras, choose_other
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> None:
         args.checkpoint, prefer=(args.suite, f"{args.suite}_no_noops"), image_options={"jpeg_quality": None}
     )
     conventions.check(policy.metadata)
+    if args.checkpoint == str(ROOT):
+        torch.set_num_threads(1)  # it is small: several would wait for the renderer's
     asked = choose_other(args.suite, args.task, args.episode) if args.ask_other else None
     video = args.out / "episode.mp4"
     job = Job(args.suite, args.task, args.episode, str(video), asked)
