@@ -554,9 +554,9 @@ def test_age_counts_from_the_first_byte_over_websockets(served, scene):
     picture, instruction, actions = scene
     with connect(f"ws://127.0.0.1:{served.port}") as client:
         client.recv()
-        for pause, problem in ((0.0, None), (0.5, "410: ")):
-            time.sleep(0.4)  # silence before it is nobody's age
-            content = packed(picture, instruction, max_age_ms=300)
+        for pause, problem in ((0.0, None), (1.2, "410: ")):
+            time.sleep(1.2)  # silence before it is nobody's age
+            content = packed(picture, instruction, max_age_ms=1000)
             head, masked = content[: len(content) // 2], content[len(content) // 2 :]
             client.send([head, masked]) if not pause else client.send(slowly([head, masked], pause))
             answer = client.recv()
