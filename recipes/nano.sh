@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The small policy, from nothing: demonstrations in LIBERO, training, evaluation, export. A stopped run goes on.
 #
-#   recipes/nano.sh                                                              # two CPU cores: ten hours
-#   SUITES=libero_object TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial    # ten minutes: does everything run?
+#   recipes/nano.sh                                                              # two CPU cores: ten hours, by estimate
+#   SUITES=libero_object TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial    # minutes: does everything run?
 #   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh                             # one GPU
 #
 # FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, evaluation/ and policy/. Settings come as environment
