@@ -4,9 +4,11 @@ OPENVLA_TOKEN=secret serve run openvla.serve.ray_app:app checkpoint=openvla/open
 serve run openvla.serve.ray_app:app checkpoint=runs/my-robot num_gpus=0.5 max_replicas=4 max_batch=16
 
 `pip install "openvla[ray]"` brings Ray. The options are those of `Fleet`. Robots ask the same paths as of one server:
-/act, ws://…/ for openpi, ws://…/vla-eval, /metadata, /ready, /metrics. Replicas come and go with the load. Two things
-are Ray's own: its proxy closes websockets whose clients do not answer pings for 20 s, as simulators that block do; and
-a session's older observation is dropped only if the newer one meets it at the same replica.
+/act, ws://…/ for openpi, ws://…/vla-eval, /metadata, /ready, /metrics. Replicas come and go with the load. Four things
+are Ray's own: its proxy closes websockets whose clients do not answer pings for 20 s, as simulators that block do; a
+session's older observation is dropped only if the newer one meets it at the same replica; an observation's age counts
+from when the proxy hands it on whole, not from its first byte (send `timestamp`); and /ready tells of the front alone,
+as Ray looks after replicas itself.
 
 Which one: `openvla serve` for one machine, as it is a hop less; this for several GPUs or machines; vLLM's own OpenVLA
 for many tokens per second of openvla-7b's layout: it gives 7 token ids, and statistics, crops, chunks, limits and

@@ -9,7 +9,7 @@ import contextlib
 import time
 from collections.abc import Coroutine
 
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from openvla.serve.batching import Busy
 from openvla.serve.service import TooLarge, unless
@@ -41,7 +41,8 @@ class Messages:
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
         if self._overrun:
-            await self.websocket.close(1008, f"More than {MOST} messages were sent without waiting for answers.")
+            with contextlib.suppress(WebSocketDisconnect):  # it left meanwhile
+                await self.websocket.close(1008, f"More than {MOST} messages were sent without waiting for answers.")
 
     def __aiter__(self) -> "Messages":
         return self
