@@ -6,6 +6,7 @@ openvla finetune --model openvla/openvla-7b --data lab/pick_cup lab/pour --weigh
 openvla finetune --model openvla/openvla-7b --data my_robot --output_dir runs/oft --head l1 --chunk 8 \
     --cameras front wrist --proprio true --max_steps 50000 --decay_steps 25000
 openvla finetune --model openvla/openvla-7b --data my_robot my_robot_again --name my_robot --output_dir runs/more
+openvla finetune --model openvla/openvla-7b --data left=monday left=tuesday right=sunday --output_dir runs/arms
 openvla finetune --model openvla/openvla-7b --data datasets --mixture bridge_rt_1 --mode full --output_dir runs/oxe
 openvla finetune --config recipe.yaml --learning_rate 1e-4
 openvla finetune --config recipe.yaml --resume true
@@ -35,7 +36,12 @@ class FinetuneArguments:
     last decoder layer, head), sandwich (towers, projector, and last-layer)."""
 
     model: str = field(metadata={"help": "folder or Hub id of the policy to start from"})
-    data: list[str] = field(metadata={"help": "folders, HDF5 files, or Hub ids of LeRobot datasets"})
+    data: list[str] = field(
+        metadata={
+            "help": "folders, HDF5 files, or Hub ids of LeRobot datasets; NAME=FOLDER names one, several with the same "
+            "name are joined"
+        }
+    )
     name: str | None = field(
         default=None,
         metadata={
@@ -324,20 +330,36 @@ def check_resume(run: Path, facts: dict, resume: bool) -> str | None:
 
 def find_datasets(args: FinetuneArguments) -> list[tuple[list[str], str | None, float]]:
     """(places, name or None, weight) of each dataset of a run; several places become one dataset of that name."""
-    places = args.data
-    if args.mixture is None:
-        if args.name is not None and len(places) > 1:
-            if args.weights:
-                raise ValueError(
-                    f"--name {args.name} makes one dataset of all, of which --weights tells nothing apart."
-                )
-            return [(places, args.name, 1.0)]
-        weights = args.weights or [1.0] * len(places)
-        if len(weights) != len(places) or min(weights) <= 0:
-            raise ValueError(f"Expected {len(places)} positive --weights, one per dataset, got {weights}.")
-        return [([place], args.name, weight) for place, weight in zip(places, weights)]
+    if args.mixture is not None:
+        return _find_mixture(args)
+    named = [_split_name(place) for place in args.data]
+    if args.name is not None:
+        if any(name is not None for name, _ in named):
+            raise ValueError("--data names its datasets: drop --name.")
+        named = [(args.name, place) for _, place in named]
+    found: dict[tuple, list[str]] = {}
+    for number, (name, place) in enumerate(named):
+        found.setdefault((name, number if name is None else None), []).append(place)
+    weights = args.weights or [1.0] * len(found)
+    if len(weights) != len(found) or min(weights) <= 0:
+        raise ValueError(f"Expected {len(found)} positive --weights, one per dataset, got {weights}.")
+    return [(places, name, weight) for ((name, _), places), weight in zip(found.items(), weights)]
+
+
+def _split_name(place: str) -> tuple[str | None, str]:
+    """NAME=PLACE, but for a place that exists as it is written."""
+    name, equals, rest = place.partition("=")
+    if not equals or Path(place).expanduser().exists():
+        return None, place
+    if not (name and rest) or "/" in name:
+        raise ValueError(f"--data {place}: expected a folder, a file or a Hub id, or NAME= and one of these.")
+    return name, rest
+
+
+def _find_mixture(args: FinetuneArguments) -> list[tuple[list[str], str, float]]:
     from openvla.finetune.oxe import mixture_weights
 
+    places = args.data
     if len(places) != 1 or args.weights or args.name:
         raise ValueError("With --mixture, --data is the one folder of its datasets, without --weights and --name.")
     found = []
@@ -489,7 +511,8 @@ def main(argv: list[str]) -> None:
     of_config = ("seed", "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "bf16")
     facts |= {name: getattr(config, name) for name in of_config}
     facts |= {"policy": fields, "batch": batch, "norm_stats": model.norm_stats, "lengths": lengths}
-    facts["hub"] = [place for place in (args.model, *args.data) if not Path(place).expanduser().exists()]
+    places = [args.model, *(_split_name(place)[1] for place in args.data)]
+    facts["hub"] = [place for place in places if not Path(place).expanduser().exists()]
     checkpoint = check_resume(run, facts, args.resume)
     trainer = ActionTrainer(
         model,

@@ -19,16 +19,18 @@ WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 export MUJOCO_GL=${MUJOCO_GL:-egl}
 export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000  # keep what is freed: twice as fast on a CPU
 
+DATA=()
 demonstrate() {  # FOLDER OPTIONS…: a third in answer to another instruction than the scene is made for
   for suite in "${SUITES[@]}"; do
     [ -d "$1/$suite" ] || openvla demos "$suite" --tasks "$TASKS" --noise 0 --other-share 0.35 \
       --cameras agentview wrist --renderer fast --codec h264 --workers "$WORKERS" --out "$1/$suite" "${@:2}"
+    DATA+=("$suite=$1/$suite")  # each suite with its own statistics
   done
 }
 
 train() {  # MODEL RUN LEARNING_RATE DATA…: chunks of eight actions, from two cameras and the state of the arm
   [ -d "$2/merged" ] || openvla finetune --model "$1" --output_dir "$2" --resume true --learning_rate "$3" \
-    --data "${@:4}" --name libero --mode full --head l1 --chunk 8 --pad_chunks true \
+    --data "${@:4}" --mode full --head l1 --chunk 8 --pad_chunks true \
     --cameras observation.images.agentview observation.images.wrist --proprio true --augment false --cache_images true \
     --bf16 true $([ "$DEVICE" = cpu ] && echo "--use_cpu true") --per_device_train_batch_size "$BATCH" \
     --gradient_checkpointing false --max_steps "$STEPS" --lr_scheduler_type cosine --warmup_steps 100 --ema 0.998 \
@@ -40,11 +42,11 @@ demonstrate "$FOLDER/demos" --random "$DEMOS" --push 0.04
 
 # 2. The first eight blocks of DINOv2-small, and a language model of random weights: all of it learns
 [ -d "$FOLDER/base" ] || python -m openvla.finetune.nano "$FOLDER/base"
-train "$FOLDER/base" "$FOLDER/first" 3e-4 "$FOLDER"/demos/*
+train "$FOLDER/base" "$FOLDER/first" 3e-4 "${DATA[@]}"
 
 # 3. Where that policy gets to, the expert shows how to go on; the policy learns from both
 demonstrate "$FOLDER/led" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged"
-train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "$FOLDER"/demos/* "$FOLDER"/led/*
+train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "${DATA[@]}"
 
 # 4. In the simulator, with the official renderer, from the official initial states; and asked for something else
 for suite in "${SUITES[@]}"; do

@@ -106,3 +106,19 @@ def test_a_name_joins_datasets():
     assert asked(data=["x"], name="robot") == [(["x"], "robot", 1.0)]
     with pytest.raises(ValueError, match="--weights"):
         asked(data=["x", "y"], name="robot", weights=[1.0, 2.0])
+
+
+def test_names_with_the_places_join_those_of_a_name(tmp_path, monkeypatch):
+    def asked(*data, **options):
+        return find_datasets(FinetuneArguments(model="m", data=list(data), **options))
+
+    expected = [(["x", "lab/z"], "left", 2.0), (["y"], None, 1.0), (["w"], "right", 3.0)]
+    assert asked("left=x", "y", "left=lab/z", "right=w", weights=[2.0, 1.0, 3.0]) == expected
+    (tmp_path / "lr=3").mkdir()  # a folder may be called so
+    monkeypatch.chdir(tmp_path)
+    assert asked("lr=3", f"{tmp_path}/lr=3") == [(["lr=3"], None, 1.0), ([f"{tmp_path}/lr=3"], None, 1.0)]
+    with pytest.raises(ValueError, match="drop --name"):
+        asked("left=x", "right=y", name="robot")
+    for place in ("=x", "left=", f"{tmp_path}/lr=4"):
+        with pytest.raises(ValueError, match="expected a folder, a file or a Hub id, or NAME="):
+            asked(place)
