@@ -115,7 +115,7 @@ class EagerPasses:
             **observation,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             num_read=num_read,
         ).last_hidden_state

@@ -186,7 +186,7 @@ class OpenVLAConfig(PretrainedConfig):
 
     model_type = "openvla"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # FSDP2 units of transformers 5 (the language model brings its own plan).
     base_model_fsdp_plan = {
         "vision_backbone.featurizer.blocks.*": "free_full_weight",

@@ -11,6 +11,10 @@ import inspect
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What transformers calls a cache where it passes or returns one: `cache` since 5.24, which renamed it
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # Language models whose layers are run one by one, with attention that can be told what to see in a plain tensor
 LAYERED = ("LlamaModel", "Qwen2Model")
@@ -49,12 +53,19 @@ class PreallocatedCache(Cache):
         super().__init__(layers=[PreallocatedLayer(size) for _ in range(num_layers)])
 
 
+def the_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """What a caller passed under the one name or the other."""
+    if cache is not None and past_key_values is not None:
+        raise ValueError("Pass one cache: as cache, or as past_key_values, its name before transformers 5.24.")
+    return past_key_values if cache is None else cache
+
+
 def causal_mask(config, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, cache, **options):
     """`create_causal_mask` of either transformers line."""
     if "cache_position" in inspect.signature(create_causal_mask).parameters:  # transformers 4.57
         past = 0 if cache is None else cache.get_seq_length()
         options["cache_position"] = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)
-    return create_causal_mask(config, inputs_embeds, attention_mask, past_key_values=cache, **options)
+    return create_causal_mask(config, inputs_embeds, attention_mask, **{CACHE_NAME: cache}, **options)
 
 
 def can_run_layers(language_model) -> bool:
@@ -129,8 +140,8 @@ def run_layer(
         attention_mask=attention_mask,
         position_embeddings=rotation,
         position_ids=position_ids,
-        past_key_values=cache,
         use_cache=True,
+        **{CACHE_NAME: cache},
     )
 
 

@@ -30,7 +30,7 @@ from .action_heads import ACTION_HEADS, NoisyActionProjector, ProprioProjector, 
 from .action_tokenizer import ActionStats, ActionTokenizer, resolve_unnorm_key
 from .compiled_actions import MODES, CompiledPolicy, refusal
 from .configuration_openvla import OpenVLAConfig
-from .language_layers import PreallocatedCache, can_run_layers, causal_mask, run_layers
+from .language_layers import CACHE_NAME, PreallocatedCache, can_run_layers, causal_mask, run_layers, the_cache
 from .linear_layers import make_fast
 from .pretrained_openvla import TRANSFORMERS_4, OpenVLAPreTrainedModel
 from .vision_towers import OpenVLAVisionBackbone
@@ -130,6 +130,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         times: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         num_read: int | None = None,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Runs the language model over embeddings whose placeholders are replaced by image patches.
@@ -142,11 +143,13 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             noisy_actions, times: `(B, T, A)` and `(B,)`, for heads that denoise: what fills the slots.
             image_features: `(B, P, D)` of `encode_images`, instead of `pixel_values`.
             num_read: give the hidden states of the last n positions only, without what the others' would take beyond
-                their keys and values in `past_key_values`, a `Cache`.
+                their keys and values in the cache.
+            cache, past_key_values: a `Cache`, under the name of any transformers version.
 
         Raises ValueError when placeholders and images do not match, per row: neither an image that nobody looks at
         nor a placeholder without an image may pass.
         """
+        cache = the_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         if input_ids is None and (pixel_values is not None or self.config.attention != "causal"):
@@ -162,20 +165,18 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
             _check_placeholders(input_ids == self.config.image_token_id, (len(input_ids), 0), "image")
         if self.config.attention != "causal":
             inputs_embeds = self._fill_slots(inputs_embeds, input_ids, noisy_actions, times)
-            is_first = past_key_values is None or past_key_values.get_seq_length() == 0
+            is_first = cache is None or cache.get_seq_length() == 0
             if position_ids is None and attention_mask is not None and is_first:
                 position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-            attention_mask = self._parallel_mask(inputs_embeds, input_ids, attention_mask, past_key_values)
+            attention_mask = self._parallel_mask(inputs_embeds, input_ids, attention_mask, cache)
         if num_read is not None and can_run_layers(self.language_model):
-            hidden = run_layers(
-                self.language_model, inputs_embeds, attention_mask, position_ids, past_key_values, num_read
-            )
-            return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=past_key_values)
+            hidden = run_layers(self.language_model, inputs_embeds, attention_mask, position_ids, cache, num_read)
+            return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         if num_read is not None:
@@ -216,7 +217,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
         inputs_embeds: torch.Tensor,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None,
-        past_key_values,
+        cache,
     ):
         """A mask that the language model takes as it is: everything sees everything but padding, except that with
         attention "prefix" what stands before the slots does not see them."""
@@ -229,7 +230,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
                 f"attn_implementation {kind!r} would run this policy's {self.config.attention} attention as causal, "
                 f"and act wrongly; use one of {MASKED_ATTENTIONS}{'' if prefix else f' or {FLASH_ATTENTIONS}'}."
             )
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         in_slots = (input_ids == self.config.action_slot_id).cumsum(dim=1) > 0  # (B, L), to the end of the row
         one_pass = prefix and not past
 
@@ -240,7 +241,7 @@ class OpenVLAModel(OpenVLAPreTrainedModel):
 
         if attention_mask is None:  # or nothing might be made: causal is what no mask means
             attention_mask = torch.ones(len(input_ids), past + input_ids.shape[1], device=input_ids.device)
-        return causal_mask(config, inputs_embeds, attention_mask.bool(), past_key_values, or_mask_function=sees)
+        return causal_mask(config, inputs_embeds, attention_mask.bool(), cache, or_mask_function=sees)
 
 
 class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
@@ -307,6 +308,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         proprio: torch.Tensor | None = None,
         actions: torch.Tensor | None = None,
         counted: torch.Tensor | None = None,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and the cross-entropy with `labels`; or the loss of a continuous head.
@@ -318,9 +320,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             proprio: `(B, config.proprio_dim)` in [-1, 1], for policies that take it.
             actions: `(B, T, A)` in [-1, 1], for continuous heads: what to learn. No logits are made then.
             counted: `(B, T)` bool, which of their steps are scored; None: all.
+            cache, past_key_values: a `Cache`, under the name of any transformers version.
         """
+        cache = the_cache(cache, past_key_values)
         if pixel_values is not None and input_ids is not None and self._lacks_placeholders(input_ids):
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            if cache is not None and cache.get_seq_length() > 0:
                 pixel_values = None  # a later step of a caller that always passes the image: it is in the cache
             else:
                 input_ids, attention_mask, labels = self.expand_image_tokens(input_ids, attention_mask, labels)
@@ -335,7 +339,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             proprio=proprio,
             **kwargs,
@@ -351,9 +355,9 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     def _read_slots(self, hidden: torch.Tensor, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -416,10 +420,11 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             output.sequences = text
         return output
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, **kwargs):
-        model_inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, pixel_values=None, cache=None, **kwargs):
+        kwargs[CACHE_NAME] = cache = the_cache(cache, past_key_values)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
         # Images belong to the pass that fills the cache; an *empty* cache object is not yet that.
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        if cache is None or cache.get_seq_length() == 0:
             model_inputs["pixel_values"] = pixel_values
         return model_inputs
 
@@ -740,7 +745,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
             self.model(
                 input_ids=input_ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 num_read=0,
                 **observation,
@@ -757,7 +762,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                     input_ids=suffix,
                     attention_mask=whole_mask,
                     position_ids=positions,
-                    past_key_values=cache,
+                    cache=cache,
                     use_cache=True,
                     num_read=count,
                     **fill,
@@ -769,7 +774,7 @@ class OpenVLAForActionPrediction(OpenVLAPreTrainedModel, GenerationMixin):
                 image_features=features,
                 attention_mask=whole_mask,
                 proprio=observation["proprio"],
-                past_key_values=PreallocatedCache(config.text_config.num_hidden_layers, whole.shape[1]),
+                cache=PreallocatedCache(config.text_config.num_hidden_layers, whole.shape[1]),
                 use_cache=True,
                 num_read=whole.shape[1] - length + 1,  # as `_read_slots`: from one before the first slot on
                 **fill,

@@ -65,7 +65,7 @@ class OpenVLAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # A whole tower: `device_map` would otherwise part its position table from its blocks.
     _no_split_modules = ["VisionTransformer", "OpenVLAProjector"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True  # transformers 4.57

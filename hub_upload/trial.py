@@ -79,7 +79,13 @@ def ask(
 def without_adapter(model, new_parts: bool) -> None:
     """Takes an adapter's effect off; but of one that brings whole parts of the policy, only that of its LoRA."""
     if not new_parts:
-        model.disable_adapters()
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        # as `model.disable_adapters`, which transformers 5.24 refuses to do with PEFT before 0.22
+        for module in model.modules():
+            if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper)):
+                module.enable_adapters(False)
         return
     for name, parameter in model.named_parameters():
         if ".lora_B." in name or ".lora_embedding_B." in name:

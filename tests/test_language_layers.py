@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModel
 
-from openvla.language_layers import PreallocatedCache, can_run_layers, run_layers
+from openvla.language_layers import CACHE_NAME, PreallocatedCache, can_run_layers, run_layers
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "vocab_size": 50, "max_position_embeddings": 64, "pad_token_id": 0}
@@ -37,7 +37,7 @@ def test_what_is_read_is_what_the_language_model_gives(kind, attention, is_padde
         cache = PreallocatedCache(3, length)
         hidden = run_layers(model, embeds, mask, positions, cache, num_read)
         torch.testing.assert_close(hidden, expected.last_hidden_state[:, length - num_read :], atol=2e-6, rtol=1e-5)
-        for layer, other in zip(cache.layers, expected.past_key_values.layers):
+        for layer, other in zip(cache.layers, expected[CACHE_NAME].layers):
             real = torch.ones(2, length) if mask is None else mask
             for mine, theirs in ((layer.keys, other.keys), (layer.values, other.values)):
                 difference = (mine - theirs).abs().amax(dim=(1, 3)) * real

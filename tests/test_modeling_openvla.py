@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, StaticCache
+from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, StaticCache
 
 import openvla
 from openvla.configuration_openvla import TIMM_TOWERS, OpenVLAConfig, VisionTowerConfig
+from openvla.language_layers import CACHE_NAME
 from openvla.vision_towers import VisionTransformer
 
 ACTIONS = slice(31744, 32000)
@@ -420,16 +421,27 @@ def test_placeholders_of_another_vocabulary_are_refused(model, inputs):
             call(**other)
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
 @torch.no_grad()
-def test_the_image_of_a_cached_step_is_ignored(model, inputs):
-    # as the original: callers that pass the image with every step get one image, not two
-    first = model(**inputs[0], use_cache=True)
+def test_a_cached_step_is_that_of_one_pass(model, inputs, name):
+    # under the name of the installed transformers, and under that of the other versions
     step = torch.tensor([[31999]])
-    length = first.past_key_values.get_seq_length()
-    logits = model(
-        input_ids=step, pixel_values=inputs[0]["pixel_values"], past_key_values=first.past_key_values
-    ).logits
-    assert logits.shape[1] == 1 and first.past_key_values.get_seq_length() == length + 1
+    whole = torch.cat([inputs[0]["input_ids"], step], dim=1)
+    expected = model(input_ids=whole, pixel_values=inputs[0]["pixel_values"]).logits[:, -1]
+    cache = model(**inputs[0], use_cache=True)[CACHE_NAME]
+    length = cache.get_seq_length()
+    # as the original: callers that pass the image with every step get one image, not two
+    logits = model(input_ids=step, pixel_values=inputs[0]["pixel_values"], **{name: cache}).logits
+    assert logits.shape[1] == 1 and cache.get_seq_length() == length + 1
+    torch.testing.assert_close(logits[:, 0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_two_caches_are_refused(model, inputs):
+    cache, other = DynamicCache(), DynamicCache()
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match="Pass one cache"):
+            call(**inputs[0], cache=cache, past_key_values=other)
 
 
 @torch.no_grad()
