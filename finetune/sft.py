@@ -38,8 +38,8 @@ class FinetuneArguments:
     model: str = field(metadata={"help": "folder or Hub id of the policy to start from"})
     data: list[str] = field(
         metadata={
-            "help": "folders, HDF5 files, or Hub ids of LeRobot datasets; NAME=FOLDER names one, several with the same "
-            "name are joined"
+            "help": "folders, HDF5 files, or Hub ids of LeRobot datasets; NAME=FOLDER names one, and joins those of "
+            "one name"
         }
     )
     name: str | None = field(
