@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from served import Served, wait_for
+from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -592,13 +593,16 @@ def test_messages_sent_at_once_are_as_old_as_they_are(policy, scene):
 
 
 def test_a_client_that_never_waits_is_cut_off(served):
-    with connect(f"ws://127.0.0.1:{served.port}") as client:
-        client.recv()
-        with pytest.raises(ConnectionClosed, match="without waiting for answers"):
+    async def flood():  # in one thread: a sender that never lets go would keep another from reading why
+        async with connect_async(f"ws://127.0.0.1:{served.port}") as client:
+            await client.recv()
             for _ in range(10_000):
-                client.send(b"x" * 1000)
+                await client.send(b"x" * 1000)
             while True:
-                client.recv()
+                await client.recv()
+
+    with pytest.raises(ConnectionClosed, match="without waiting for answers"):
+        asyncio.run(flood())
 
 
 def test_a_policy_that_fails_again_and_again_is_not_ready(policy, scene):
