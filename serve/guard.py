@@ -221,14 +221,14 @@ class PatientSockets(WebSocketsSansIOProtocol):
             self.scope["arrivals"] = self._arrivals
 
     def data_received(self, data: bytes) -> None:
-        now, self._ended = time.monotonic(), False
-        self._begun = now if self._begun is None else self._begun
+        self._now, self._ended = time.monotonic(), False
+        self._begun = self._now if self._begun is None else self._begun
         super().data_received(data)
         if self._ended and not (self.frames or self.conn.reader.buffer):  # nothing has begun that is not at its end
             self._begun = None
             self._stop_timer()
             return
-        self._begun = now if self._begun is None else self._begun
+        self._begun = self._now if self._begun is None else self._begun
         if self._timer is None:
             self._timer = self.loop.call_later(BODY_S, self._give_up)
 
@@ -237,7 +237,8 @@ class PatientSockets(WebSocketsSansIOProtocol):
         super().handle_events()
 
     def send_receive_event_to_app(self) -> None:
-        self._arrivals.append(self._begun)
+        # of several messages in one piece of data, all but the first begin and end there
+        self._arrivals.append(self._now if self._begun is None else self._begun)
         self._begun = None
         self._stop_timer()
         super().send_receive_event_to_app()

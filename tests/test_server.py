@@ -592,6 +592,15 @@ def test_messages_sent_at_once_are_as_old_as_they_are(policy, scene):
     assert told == ["ok", "ok", "410", *["503"] * 5]
 
 
+def test_messages_in_one_piece_of_data_are_answered_in_turn(served):
+    with connect(f"ws://127.0.0.1:{served.port}") as client:
+        client.recv()
+        for _ in range(2):
+            client.protocol.send_binary(b"x" * 10)
+        client.socket.sendall(b"".join(client.protocol.data_to_send()))
+        assert [client.recv()[:3] for _ in range(2)] == ["422"] * 2
+
+
 def test_a_client_that_never_waits_is_cut_off(served):
     async def flood():  # in one thread: a sender that never lets go would keep another from reading why
         async with connect_async(f"ws://127.0.0.1:{served.port}") as client:
