@@ -19,6 +19,7 @@ from openvla.cli import command_parser
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository: weights beside code
 MOMENTS = 8
+EXAMPLE = ("state", "instruction", "unnorm_key")  # files beside its pictures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,10 +83,9 @@ def predict_example(checkpoint: str) -> None:
         raise ImportError(f"LIBERO is not installed (pip install 'openvla[sim]'), and {examples} holds no example.")
     print("LIBERO is not installed (pip install -e '.[sim]'): one chunk of actions for the example instead\n")
     images = [str(examples / f"{camera}.png") for camera in ("agentview", "wrist")]
-    state, instruction = ((examples / f"{name}.txt").read_text().split() for name in ("state", "instruction"))
-    predict.main(
-        ["--model", checkpoint, "--image", *images, "--instruction", " ".join(instruction), "--proprio", *state]
-    )
+    state, instruction, key = ((examples / f"{name}.txt").read_text().strip() for name in EXAMPLE)
+    options = ["--image", *images, "--instruction", instruction, "--unnorm-key", key, "--proprio", *state.split()]
+    predict.main(["--model", checkpoint, *options])
 
 
 def write_strip(video: Path, path: Path) -> Path:

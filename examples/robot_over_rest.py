@@ -1,6 +1,6 @@
 """A 7-DoF arm asks a policy server over REST, and for the next chunk while the current one plays.
 
-openvla serve . &
+openvla serve . --unnorm-key libero_spatial &
 python examples/robot_over_rest.py --instruction "pick up the black bowl on the stove and place it on the plate"
 python examples/robot_over_rest.py --url https://gpu.local:8000 --token secret --steps 200
 """

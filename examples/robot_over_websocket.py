@@ -1,6 +1,6 @@
 """A 7-DoF arm asks a policy server over openpi's websocket protocol; `pip install websockets msgpack numpy pillow`.
 
-openvla serve . &
+openvla serve . --unnorm-key libero_spatial &
 python examples/robot_over_websocket.py --instruction "pick up the black bowl on the stove and place it on the plate"
 python examples/robot_over_websocket.py --url "wss://gpu.local:8000/?unnorm_key=bridge_orig" --token secret
 

