@@ -522,6 +522,20 @@ def test_initial_states_of_the_evaluation_are_noted(capsys):
 
 
 @needs_libero
+def test_things_change_places_in_random_placements_alone(tmp_path, capsys):
+    for options in (["libero_object", "--episodes", "10"], ["libero_spatial", "--random", "1"], ["metaworld"]):
+        with pytest.raises(ValueError, match="--shuffle is for --random placements of libero_object"):
+            make.main([*options, "--shuffle", "--out", str(tmp_path / "none")])
+    out = tmp_path / "shuffled"
+    options = ["--random", "2", "--seed", "5", "--noise", "0", "--other-share", "1", "--cameras", "none"]
+    make.main(["libero_object", "--tasks", "3", *options, "--shuffle", "--out", str(out)])
+    found = json.loads((out / "meta" / "demonstrations.json").read_text())
+    assert found["settings"]["shuffle"] and len(found["episodes"]) == 2
+    make.main(["--replay", str(out)])
+    assert "all      2/2   100%" in capsys.readouterr().out
+
+
+@needs_libero
 def test_scenes_with_nothing_else_to_ask_for_are_noted(capsys):
     options = ["--random", "1", "--other-share", "0.5"]
     make.read_settings(make.parser().parse_args(["libero_10", *options]))

@@ -114,6 +114,34 @@ def test_random_placements_follow_the_seed(env):
     assert np.abs(states[0][: official.shape[1]] - official)[:, 1:].max(axis=1).min() > 0.005
 
 
+def test_things_change_places():
+    """Where something stands, something else may, by the seed; the basket, which they are put into, stays."""
+    env = open_env("libero_object", 3, cameras=[])
+    things = "bbq_sauce", "cream_cheese", "salad_dressing", "ketchup", "chocolate_pudding", "alphabet_soup", "basket"
+    names = [f"{thing}_1_main" for thing in things]
+
+    def place(episode, **options):
+        env.reset(episode, randomize=True, **options)
+        return np.array([env.data.body(name).xpos for name in names])
+
+    orders = []
+    for episode in (5, 6, 7, 5):
+        before, after = place(episode), place(episode, shuffle=True)
+        apart = np.linalg.norm(after[:6, None, :2] - before[None, :6, :2], axis=-1)
+        orders.append(apart.argmin(axis=1).tolist())
+        assert sorted(orders[-1]) == list(range(6)) and apart.min(axis=1).max() < 0.005  # metres, after settling
+        np.testing.assert_allclose(after[6], before[6], atol=1e-3)
+        np.testing.assert_allclose(after[:, 2], before[:, 2], atol=2e-3)  # all stand, none on another
+    assert orders[0] == orders[3] and len({tuple(order) for order in orders}) == 3
+    env.close()
+
+
+def test_things_change_places_only_where_words_do_not_name_them(env):
+    for options in ({"randomize": True}, {}):
+        with pytest.raises(ValueError, match="only in random placements .* of libero_object; got libero_spatial"):
+            env.reset(3, shuffle=True, **options)
+
+
 def test_a_state_can_be_returned_to_to_the_bit(env):
     env.reset(1)
     for _ in range(3):

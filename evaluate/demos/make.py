@@ -5,6 +5,7 @@ openvla demos libero_spatial --tasks 0,3-5 --episodes 10-19 --noise 0.01 --rende
 openvla demos libero_goal --random 50 --format both
 openvla demos libero_spatial --random 30 --noise 0 --push 0.03 --other-share 0.3
 openvla demos libero_spatial --random 20 --seed 1000 --noise 0 --push 0.02 --lead runs/my-policy/merged
+openvla demos libero_object --random 20 --noise 0 --push 0.03 --other-share 0.8 --shuffle
 openvla demos metaworld --tasks 0-4
 openvla demos libero_object --tasks 0 --cameras none --out demos/actions_only
 openvla demos --replay demos/libero_object --tokenize
@@ -74,6 +75,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the episodes in which the scene is asked for another task of the suite: the same pictures, other "
         "words, other actions; LIBERO only",
+    )
+    arguments.add_argument(
+        "--shuffle",
+        action="store_true",
+        help="with --random: things change places, so that nothing but the words says where to go; libero_object only",
     )
     arguments.add_argument("--cameras", nargs="+", help="default: the main one; none: actions and states only")
     arguments.add_argument(
@@ -172,6 +178,11 @@ def read_settings(args: argparse.Namespace):
     apart = args.push or args.lead or args.other_share
     if apart and (args.format != "lerobot" or not args.suite.startswith("libero")):
         raise ValueError("--push, --lead and --other-share are for LIBERO's suites, and for --format lerobot.")
+    if args.shuffle:
+        from openvla.evaluate.envs.libero import SHUFFLED
+
+        if args.random is None or args.suite not in SHUFFLED:
+            raise ValueError(f"--shuffle is for --random placements of {', '.join(SHUFFLED)}.")
     if args.format != "lerobot" and not args.suite.startswith("libero"):
         raise ValueError(f"--format {args.format} is LIBERO's layout, which {args.suite} does not fit: use lerobot.")
     tasks = parse_numbers(args.tasks, len(list_tasks(args.suite)), "tasks")
@@ -208,6 +219,7 @@ def read_settings(args: argparse.Namespace):
         extra_steps=args.extra_steps,
         other_share=args.other_share,
         push=args.push,
+        shuffle=args.shuffle,
     )
 
 

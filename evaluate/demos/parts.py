@@ -40,6 +40,7 @@ class Settings:
         other_share: of the episodes, those in which the scene is asked for another task of the suite.
         push: probability per step that the arm is pushed off its way, which is not recorded.
         lead: fingerprint of a policy that acts at the start and in place of pushes.
+        shuffle: things change places, too; with `randomize`.
     """
 
     suite: str
@@ -55,6 +56,7 @@ class Settings:
     other_share: float = 0.0
     push: float = 0.0
     lead: str | None = None
+    shuffle: bool = False
 
 
 # --- Playing ---------------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
     cameras = env.conventions.cameras[:1] if settings.cameras is None else settings.cameras
     if unknown := [camera for camera in cameras if camera not in env.conventions.cameras]:
         raise ValueError(f"{settings.suite} has no cameras {unknown}; it has {list(env.conventions.cameras)}.")
-    env.reset(episode, randomize=settings.randomize)
+    env.reset(episode, randomize=settings.randomize, **({"shuffle": True} if settings.shuffle else {}))
     pushes, starts = np.random.default_rng([seed, 1]), {0}
     if policy is not None and lead(env, policy, pushes):
         return {"success": False, "steps": 0, "no_ops": 0, "alone": True}, {}

@@ -41,6 +41,7 @@ MAX_STEPS = dict(zip(LIBERO_SUITES, (220, 280, 300, 520, 400)))
 SETTLING_STEPS, SETTLING_ACTION = 10, (0.0,) * 6 + (-1.0,)
 RENDER_SIZE, IMAGE_SIZE, JPEG_QUALITY = 256, 224, 95
 RENDERERS = ("official", "fast")
+SHUFFLED = ("libero_object",)  # whose instructions name things, not places, and whose things are all within reach
 TESTED_MUJOCO = "3.3.7"
 
 
@@ -149,14 +150,22 @@ class LiberoEnv:
         self.instruction = _instruction(self.suite, _tasks(self.suite)[self.task if task is None else task])
         self.simulator.env.parsed_problem["goal_state"] = self._goal if task is None else goals[task]
 
-    def reset(self, episode: int, state: np.ndarray | None = None, randomize: bool = False) -> None:
+    def reset(
+        self, episode: int, state: np.ndarray | None = None, randomize: bool = False, shuffle: bool = False
+    ) -> None:
         """Puts the scene into an initial state and lets it settle.
 
         Args:
             episode: number of the official initial state, and of the furniture's placement.
             state: `get_state()` to continue from instead, as it is: nothing settles.
             randomize: place all objects at random, by the task's own rules; `episode` is the seed then.
+            shuffle: with `randomize` and in the suites of `SHUFFLED`: things change places, too.
         """
+        if shuffle and not (randomize and self.suite in SHUFFLED):
+            raise ValueError(
+                f"Things change places only in random placements (randomize=True) of {', '.join(SHUFFLED)}; got "
+                f"{self.suite}, randomize={randomize}."
+            )
         if not randomize and not 0 <= episode < self.num_episodes:
             raise ValueError(
                 f"{self.suite} task {self.task} has initial states 0 to {self.num_episodes - 1}, got {episode}; "
@@ -166,6 +175,8 @@ class LiberoEnv:
             if randomize:
                 np.random.seed(10_000 + episode)  # LIBERO samples with numpy's global generator
                 self._place_anew()
+                if shuffle:
+                    self._shuffle()
             else:
                 self._reset_as_published(episode)
             self._gripper.current_action = np.zeros(2)  # else the last episode's end shows in the next one
@@ -271,6 +282,18 @@ class LiberoEnv:
         for body, (position, orientation) in self._unplaced.items():
             model.body(body).pos, model.body(body).quat = position, orientation
         self.simulator.reset()
+
+    def _shuffle(self) -> None:
+        """All that stands about changes places, but for what things are put into; each keeps its turn and height."""
+        problem, sim = _problem(self.suite, self.task), self.simulator.sim
+        goals = [name for _, *arguments in problem["goal_state"] for name in arguments[1:]]
+        names = [name for _, name, _ in problem["initial_state"] if not any(goal.startswith(name) for goal in goals)]
+        joints = [self.simulator.env.objects_dict[name].joints[-1] for name in names]
+        poses = np.array([sim.data.get_joint_qpos(joint) for joint in joints])  # x y z, quaternion
+        poses[:, :2] = np.random.permutation(poses[:, :2])
+        for joint, pose in zip(joints, poses):
+            sim.data.set_joint_qpos(joint, pose)
+        sim.forward()
 
     def _reset_as_published(self, episode: int) -> None:
         if not self._random_states:
