@@ -25,14 +25,17 @@ def summarize(episodes: Iterable[dict]) -> dict:
         episodes: lines of `episodes.jsonl`: `task`, `instruction`, `success`, `steps`, `cpu_seconds`, `restarts`, ….
 
     Returns `tasks`, a list of `{"task", "instruction", "episodes", "successes", "success_rate", "interval",
-    "mean_steps"}`; the same keys for all together, `cpu_ms_per_step` by what it was spent on, and
-    `accepted_per_draft`, tokens of the last answer that were right for the next one, from the first on.
+    "mean_steps", "failed"}`, of which `failed` lists initial states; all but the first two and the last for all
+    together, `cpu_ms_per_step` by what it was spent on, and `accepted_per_draft`, tokens of the last answer that were
+    right for the next one, from the first on.
     """
     episodes = sorted(episodes, key=lambda line: (line["task"], line["episode"]))
     tasks = []
     for task in sorted({line["task"] for line in episodes}):
         lines = [line for line in episodes if line["task"] == task]
-        tasks.append({"task": task, "instruction": lines[0]["instruction"], **_rate(lines)})
+        told = " | ".join(dict.fromkeys(line["instruction"] for line in lines))  # several if asked for others
+        failed = [line["episode"] for line in lines if not line["success"]]
+        tasks.append({"task": task, "instruction": told, **_rate(lines), "failed": failed})
     steps = sum(line["steps"] for line in episodes)
     spent = sorted({what for line in episodes for what in line["cpu_seconds"]})
     per_step = {what: 1000 * sum(line["cpu_seconds"].get(what, 0.0) for line in episodes) / steps for what in spent}

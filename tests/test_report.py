@@ -43,6 +43,13 @@ def test_summary_counts_by_task_and_together():
     assert summarize(reversed(EPISODES)) == summary
 
 
+def test_the_summary_tells_what_failed_and_all_that_was_asked():
+    asked = {**episode(0, 2, False, 220), "instruction": "do 3"}
+    (first, second) = summarize([*EPISODES, asked])["tasks"]
+    assert (first["instruction"], first["failed"]) == ("do 0 | do 3", [1, 2])
+    assert (second["instruction"], second["failed"]) == ("do 1", [])
+
+
 def test_the_table_shows_counts_and_intervals():
     table = format_table("libero_goal", summarize(EPISODES)).splitlines()
     assert "1/2  50.0%" in table[1] and "9.5% – 90.5%" in table[1] and table[1].endswith("150")
