@@ -374,7 +374,11 @@ def main(argv: list[str]) -> None:
     card.add_argument("--datasets", nargs="+", metavar="NAME/DATASET", help="Hub ids of what it was trained on")
     card.add_argument("--license", metavar="ID", help="of the weights, such as llama2; default: the language model's")
     card.add_argument(
-        "--evaluation", metavar="FILE", help="results, as `openvla.hub_upload.model_card` describes them"
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results, as `openvla.hub_upload.model_card` describes them",
     )
     args = parser.parse_args(argv)
     if bool(args.image) != bool(args.instruction):
@@ -409,7 +413,7 @@ def main(argv: list[str]) -> None:
         source_name=(source.adapter or source.weights).name if source.run else None,
         datasets=args.datasets or [],
         license=args.license,
-        evaluation=read_evaluation(args.evaluation) if args.evaluation else [],
+        evaluation=[result for file in args.evaluation for result in read_evaluation(file)],
         training=training,
         history=history,
     )

@@ -5,11 +5,11 @@
 #   SUITES=libero_object TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial    # minutes: does everything run?
 #   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh                             # one GPU
 #
-# FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, evaluation/ and policy/. Settings come as environment
-# variables: SUITES, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, EVAL (the official initial states
-# to evaluate on), WORKERS, DEVICE. Demonstrations start from random placements, never from the official initial states,
-# all of which are new to the policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or osmesa without a
-# screen.
+# FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, exported/, evaluation/ and policy/. Settings come as
+# environment variables: SUITES, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, EVAL (the official
+# initial states to evaluate on), WORKERS, DEVICE. Demonstrations start from random placements, never from the official
+# initial states, all of which are new to the policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or
+# osmesa without a screen.
 set -euo pipefail
 
 FOLDER=${1:-runs/nano}
@@ -48,13 +48,17 @@ train "$FOLDER/base" "$FOLDER/first" 3e-4 "${DATA[@]}"
 demonstrate "$FOLDER/led" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged"
 train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "${DATA[@]}"
 
-# 4. In the simulator, with the official renderer, from the official initial states; and asked for something else
+# 4. What is published, in bfloat16; in the simulator, with the official renderer, from the official initial states, and
+#    asked for something else
+[ -d "$FOLDER/exported" ] || openvla export "$FOLDER/run" "$FOLDER/exported" --dtype bfloat16
+RESULTS=()
 for suite in "${SUITES[@]}"; do
   for words in "" --ask-other; do
-    openvla evaluate "$FOLDER/run/merged" --suite "$suite" --tasks "$TASKS" --episodes "$EVAL" --num-envs "$WORKERS" \
+    openvla evaluate "$FOLDER/exported" --suite "$suite" --tasks "$TASKS" --episodes "$EVAL" --num-envs "$WORKERS" \
       --output-dir "$FOLDER/evaluation/$suite$words" $words
+    RESULTS+=("$FOLDER/evaluation/$suite$words/evaluation.json")
   done
 done
 
-# 5. One folder to publish
-[ -d "$FOLDER/policy" ] || openvla export "$FOLDER/run" "$FOLDER/policy" --dtype bfloat16
+# 5. The same again with a card that tells the results: the folder to publish
+[ -d "$FOLDER/policy" ] || openvla export "$FOLDER/run" "$FOLDER/policy" --dtype bfloat16 --evaluation "${RESULTS[@]}"

@@ -224,6 +224,17 @@ def test_a_checkpoint_passes_byte_by_byte(checkpoint, tmp_path):
     assert not (tmp_path / "out" / ".proof.json").exists()
 
 
+def test_the_card_tells_the_results_of_several_files(checkpoint, tmp_path):
+    files = []
+    for suite, value in (("libero_spatial", 0.847), ("libero_object", 0.884)):
+        files.append(tmp_path / f"{suite}.json")
+        files[-1].write_text(json.dumps([{"dataset": suite, "metric": "success_rate", "value": value}]))
+    export.main([str(checkpoint), str(tmp_path / "out"), "--no-proof", "--evaluation", *map(str, files)])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| libero\\_spatial | success rate | 84.7 % |" in text
+    assert "| libero\\_object | success rate | 88.4 % |" in text
+
+
 def test_another_precision(checkpoint, tmp_path):
     export.main([str(checkpoint), str(tmp_path / "out"), "--no-proof", "--dtype", "float32"])
     before, after = weights(checkpoint), weights(tmp_path / "out")
