@@ -14,6 +14,7 @@
 PYTHON ?= python3
 EXTRAS ?= [sim]
 TORCH ?= torch==2.13.0
+DEMO = .venv-demo/ready$(subst ],,$(subst [,-,$(EXTRAS)))
 BIN = .venv/bin
 BIN_V4 = .venv-v4/bin
 
@@ -32,13 +33,13 @@ BIN_V4 = .venv-v4/bin
 	$(BIN_V4)/pip install -q -e ".[dev]" "transformers==4.57.6"
 	touch $@
 
-.venv-demo/ready: setup.cfg pyproject.toml
+$(DEMO): setup.cfg pyproject.toml
 	$(PYTHON) -m venv .venv-demo
 	.venv-demo/bin/pip install -q $(TORCH)
 	.venv-demo/bin/pip install -q -e ".$(EXTRAS)" "transformers>=5"
 	touch $@
 
-demo: .venv-demo/ready
+demo: $(DEMO)
 	.venv-demo/bin/openvla try
 
 test: .venv/ready
@@ -149,4 +150,4 @@ bench: .venv/ready
 	$(BIN)/openvla bench --json bench.json --plot bench.png
 
 clean:
-	rm -rf .venv .venv-* build runs *.egg-info
+	rm -rf .venv .venv-* build *.egg-info
