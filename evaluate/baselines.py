@@ -58,8 +58,11 @@ class ReplayPolicy:
         reader = _open(source)
         told = Path(source, "meta", "demonstrations.json")
         made = json.loads(told.read_text())["settings"] if told.exists() else {}
-        if made.get("push") or made.get("lead"):
-            raise ValueError(f"{source} was made with --push or --lead: episodes begin on the way. Make it without.")
+        if any(made.get(option) for option in ("push", "lead", "first")):
+            raise ValueError(
+                f"{source} was made with --push, --lead or --first: its episodes begin or end on the way. Make it "
+                "without."
+            )
         self._episodes: dict[str, list[np.ndarray]] = {}
         for index in range(len(reader)):
             episode = reader.read(index)

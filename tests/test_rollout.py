@@ -167,9 +167,9 @@ def test_a_replay_is_a_demonstration_of_the_same_words(recorded):
 
 def test_a_replay_refuses_pieces_of_demonstrations(recorded):
     told = recorded / "meta" / "demonstrations.json"
-    for settings in ({"push": 0.04, "lead": None}, {"push": 0.0, "lead": "0123456789abcdef"}):
+    for settings in ({"push": 0.04, "lead": None}, {"push": 0.0, "lead": "0123456789abcdef"}, {"first": 12}):
         told.write_text(json.dumps({"settings": settings}))
-        with pytest.raises(ValueError, match="made with --push or --lead"):
+        with pytest.raises(ValueError, match="made with --push, --lead or --first"):
             ReplayPolicy(CONVENTIONS, str(recorded))
     told.write_text(json.dumps({"settings": {"push": 0.0}}))
     ReplayPolicy(CONVENTIONS, str(recorded))

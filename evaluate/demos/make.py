@@ -6,14 +6,15 @@ openvla demos libero_goal --random 50 --format both
 openvla demos libero_spatial --random 30 --noise 0 --push 0.03 --other-share 0.3
 openvla demos libero_spatial --random 20 --seed 1000 --noise 0 --push 0.02 --lead runs/my-policy/merged
 openvla demos libero_object --random 20 --noise 0 --push 0.03 --other-share 0.8 --shuffle
+openvla demos libero_object --random 200 --first 12 --noise 0 --push 0.5 --other-share 0.8 --shuffle
 openvla demos metaworld --tasks 0-4
 openvla demos libero_object --tasks 0 --cameras none --out demos/actions_only
 openvla demos --replay demos/libero_object --tokenize
 
 Every step is what was there before an action, and the action that was carried out. Episodes in which the task is not
-done at the end are counted and left out; none is tried twice. Actions that do nothing (no motion, gripper as before)
-are neither carried out nor recorded, as in the published no_noops data. A command that was stopped goes on when it is
-given again; the dataset does not depend on that, nor on --workers.
+done at the end are counted and left out (unless --first ends them); none is tried twice. Actions that do nothing (no
+motion, gripper as before) are neither carried out nor recorded, as in the published no_noops data. A command that was
+stopped goes on when it is given again; the dataset does not depend on that, nor on --workers.
 
 lerobot: OUT is a LeRobot v3.0 dataset. Pictures of 256 pixels are oriented as the published RLDS data (LIBERO's are
 turned by 180 degrees: upright but mirrored), actions are as policies speak them: in LIBERO x y z (1 = 5 cm), roll
@@ -75,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the episodes in which the scene is asked for another task of the suite: the same pictures, other "
         "words, other actions; LIBERO only",
+    )
+    arguments.add_argument(
+        "--first",
+        type=int,
+        metavar="N",
+        help="play and record only the first N steps of an episode, from where --lead or up to three pushes got to: "
+        "what to go for is decided there, and many more scenes take the same time",
     )
     arguments.add_argument(
         "--shuffle",
@@ -179,6 +187,8 @@ def read_settings(args: argparse.Namespace):
     apart = args.push or args.lead or args.other_share
     if apart and (args.format != "lerobot" or not args.suite.startswith("libero")):
         raise ValueError("--push, --lead and --other-share are for LIBERO's suites, and for --format lerobot.")
+    if args.first is not None and (args.first < 1 or args.extra_steps):
+        raise ValueError(f"Expected --first of 1 or more, without --extra-steps, got {args.first}.")
     if args.shuffle:
         from openvla.evaluate.envs.libero import SHUFFLED
 
@@ -221,6 +231,7 @@ def read_settings(args: argparse.Namespace):
         other_share=args.other_share,
         push=args.push,
         shuffle=args.shuffle,
+        first=args.first,
     )
 
 

@@ -24,6 +24,7 @@ from openvla.serve.action_queue import ActionQueue
 
 NO_OP = 1e-4  # length of an action's motion, in [-1, 1], up to which it is none
 LONGEST_LEAD = 120  # steps of a policy before the expert takes over
+MOST_PUSHES = 3  # before the first steps that alone are recorded
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Settings:
         push: probability per step that the arm is pushed off its way, which is not recorded.
         lead: fingerprint of a policy that acts at the start and in place of pushes.
         shuffle: things change places, too; with `randomize`.
+        first: of an episode only so many steps are played and recorded, done or not; None: all. It begins where a
+            lead, or none to three pushes, got to.
     """
 
     suite: str
@@ -57,6 +60,7 @@ class Settings:
     push: float = 0.0
     lead: str | None = None
     shuffle: bool = False
+    first: int | None = None
 
 
 # --- Playing ---------------------------------------------------------------------------------------------------------
@@ -78,10 +82,11 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
     Args:
         policy: with `infer`, which leads where `settings` want it to; see `lead`.
 
-    Returns facts (`success`, `steps`, `no_ops`, and `alone` if the policy did the task before the expert had done
-    anything, which shows nothing and counts as no success), and arrays: `actions` `(N, A)` float32, `proprio`
-    `(N, P)`, `states` `(N, S)`, LIBERO's `joints` `(N, 7)`, the cameras' frames as PNG files, end to end, and
-    `starts`: the first steps of its pieces, a new one after every push or lead.
+    Returns facts (`success`: the task was done, or all of the `first` steps were; `steps`, `no_ops`, and `alone` if
+    the policy did the task before the expert had done anything, which shows nothing and counts as no success), and
+    arrays: `actions` `(N, A)` float32, `proprio` `(N, P)`, `states` `(N, S)`, LIBERO's `joints` `(N, 7)`, the
+    cameras' frames as PNG files, end to end, and `starts`: the first steps of its pieces, a new one after every push
+    or lead.
     """
     cameras = env.conventions.cameras[:1] if settings.cameras is None else settings.cameras
     if unknown := [camera for camera in cameras if camera not in env.conventions.cameras]:
@@ -90,16 +95,18 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
     pushes, starts = np.random.default_rng([seed, 1]), {0}
     if policy is not None and lead(env, policy, pushes):
         return {"success": False, "steps": 0, "no_ops": 0, "alone": True}, {}
+    if policy is None and settings.first and settings.push:
+        for _ in range(pushes.integers(MOST_PUSHES + 1)):
+            _push(env, pushes, 1.0)
     expert = env.expert(seed=seed, noise=settings.noise)
     rows = {"actions": [], "proprio": [], "states": []} | ({"joints": []} if hasattr(env, "joints") else {})
     frames = {camera: [] for camera in cameras}
-    limit, no_ops, reached, done = env.max_steps, 0, False, False
+    limit, no_ops, reached, done = settings.first or env.max_steps, 0, False, False
     while len(rows["actions"]) < limit and no_ops < env.max_steps:
-        if settings.push and pushes.random() < settings.push and not reached:
+        if settings.push and not settings.first and pushes.random() < settings.push and not reached:
             starts.add(len(rows["actions"]))
             if policy is None:
-                for action in draw_push(pushes, rows["actions"][-1][-1] if rows["actions"] else 1.0):
-                    env.step(action)
+                _push(env, pushes, rows["actions"][-1][-1] if rows["actions"] else 1.0)
             elif done := lead(env, policy, pushes):
                 break
             else:
@@ -126,7 +133,13 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
     for camera, files in frames.items():
         arrays[f"frames/{camera}"] = np.frombuffer(b"".join(files), np.uint8)
         arrays[f"ends/{camera}"] = np.cumsum([len(file) for file in files])
-    return {"success": done, "steps": len(rows["actions"]), "no_ops": no_ops}, arrays
+    kept = done or len(rows["actions"]) == settings.first
+    return {"success": kept, "steps": len(rows["actions"]), "no_ops": no_ops}, arrays
+
+
+def _push(env, rng: np.random.Generator, gripper: float) -> None:
+    for action in draw_push(rng, gripper):
+        env.step(action)
 
 
 def draw_push(rng: np.random.Generator, gripper: float) -> np.ndarray:

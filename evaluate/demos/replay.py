@@ -59,8 +59,8 @@ def open_replayer(folder: Path, tokenize: bool) -> Replayer:
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing: {folder} was not made by `openvla demos`, so how is unknown.")
     description = json.loads(file.read_text())
-    if description["settings"].get("push"):
-        raise ValueError(f"{folder} was made with --push: its episodes end where the arm was pushed, undone.")
+    if description["settings"].get("push") or description["settings"].get("first"):
+        raise ValueError(f"{folder} was made with --push or --first: its episodes end before the task is done.")
     return Replayer(folder, description, dataset_statistics(str(folder)) if tokenize else None)
 
 
