@@ -23,13 +23,14 @@ def write_episode(
     conventions: Conventions,
     title: str,
     instruction: str,
-    success: bool,
+    success: bool | None,
 ) -> None:
     """Writes an mp4 (H.264), under a temporary name first.
 
     Args:
         frames: N + 1 pictures `(H, W, 3)` uint8: before each action, and at the end.
         actions: `(N, A)`, the simulator's units.
+        success: None: unknown, and not shown.
     """
     panel = _Traces(actions, conventions)
 

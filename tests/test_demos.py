@@ -216,6 +216,8 @@ def test_first_steps_are_those_of_whole_demonstrations_and_begin_anywhere(tmp_pa
     assert [len(episode) for episode in found["pushed"]] == [9] * 2 and max(away) > 0.02  # metres
     with pytest.raises(ValueError, match="made with --push or --first"):
         make.main(["--replay", str(tmp_path / "first")])
+    with pytest.raises(ValueError, match="--first is for --format lerobot"):
+        make.main(["libero_object", "--first", "9", "--format", "both", "--out", str(tmp_path / "hdf5")])
 
 
 @needs_libero

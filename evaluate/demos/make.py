@@ -189,6 +189,8 @@ def read_settings(args: argparse.Namespace):
         raise ValueError("--push, --lead and --other-share are for LIBERO's suites, and for --format lerobot.")
     if args.first is not None and (args.first < 1 or args.extra_steps):
         raise ValueError(f"Expected --first of 1 or more, without --extra-steps, got {args.first}.")
+    if args.first and args.format != "lerobot":
+        raise ValueError("--first is for --format lerobot: HDF5 files say of their last step that the task is done.")
     if args.shuffle:
         from openvla.evaluate.envs.libero import SHUFFLED
 

@@ -39,7 +39,7 @@ def write_datasets(
     work.mkdir(parents=True)
     write_hdf5_files(work, kept, description["settings"])
     write_meta(work / "meta", kept, description)
-    write_previews(work / "previews", kept, description["settings"]["suite"], videos)
+    write_previews(work / "previews", kept, description["settings"], videos)
     if out.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(out, old)
@@ -72,7 +72,7 @@ def write_lerobot(
         features["action"]["units"] = [unit for _, unit in conventions.action_dims]  # so that policies declare them
         features["observation.state"]["names"] = STATE_NAMES.get(suite.split("_")[0])
         write_meta(writer.work / "meta", kept, description)
-        write_previews(writer.work / "previews", kept, suite, videos)
+        write_previews(writer.work / "previews", kept, description["settings"], videos)
         if hdf5:
             (writer.work / "hdf5").mkdir()
             write_hdf5_files(writer.work / "hdf5", kept, description["settings"])
@@ -96,7 +96,7 @@ def write_meta(folder: Path, kept: list[Part], description: dict) -> None:
     np.savez(folder / "initial_states.npz", **{str(index): state for index, state in enumerate(states)})
 
 
-def write_previews(folder: Path, kept: list[Part], suite: str, videos: int) -> None:
+def write_previews(folder: Path, kept: list[Part], settings: dict, videos: int) -> None:
     """The first demonstrations of every task as `task_003_episode_0012.mp4`, by the main camera."""
     from openvla.evaluate.videos import write_episode
 
@@ -110,8 +110,7 @@ def write_previews(folder: Path, kept: list[Part], suite: str, videos: int) -> N
             arrays = part.arrays()
             count = len(arrays["actions"])
             frames = [frame(arrays, camera, min(step, count - 1)) for step in range(count + 1)]
-            title = f"{suite} · task {task} · episode {episode} · scripted expert"
+            title = f"{settings['suite']} · task {task} · episode {episode} · scripted expert"
             path = folder / f"{part.path.stem}.mp4"
-            write_episode(
-                path, frames, arrays["actions"], part.conventions, title, part.facts["instruction"], success=True
-            )
+            success = None if settings.get("first") else True  # after first steps nobody knows
+            write_episode(path, frames, arrays["actions"], part.conventions, title, part.facts["instruction"], success)
