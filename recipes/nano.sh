@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # The small policy, from nothing: demonstrations in LIBERO, training, evaluation, export. A stopped run goes on.
 #
-#   recipes/nano.sh                                                              # two CPU cores: ten hours, by estimate
-#   SUITES=libero_object TASKS=0 DEMOS=2 STEPS=4 EVAL=0 recipes/nano.sh trial    # minutes: does everything run?
-#   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh                             # one GPU
+#   recipes/nano.sh                                                         # two CPU cores: ten hours, by estimate
+#   SUITES=libero_object TASKS=0 DEMOS=2 STEPS=4 LEAD=8 EVAL=0 recipes/nano.sh trial   # minutes: does everything run?
+#   DEVICE=cuda BATCH=128 STEPS=8000 recipes/nano.sh                        # one GPU
 #
 # FOLDER [runs/nano] gets demos/, base/, first/, led/, run/, exported/, evaluation/ and policy/. Settings come as
-# environment variables: SUITES, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, EVAL (the official
-# initial states to evaluate on), WORKERS, DEVICE. Demonstrations start from random placements, never from the official
-# initial states, all of which are new to the policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or
-# osmesa without a screen.
+# environment variables: SUITES, TASKS, DEMOS per task, STEPS of each of the two trainings, BATCH, LEAD (the most steps
+# that the first policy acts before the expert goes on), EVAL (the official initial states to evaluate on), WORKERS,
+# DEVICE. Demonstrations start from random placements, never from the official initial states, all of which are new to
+# the policy. Needs `pip install -e ".[nano]"`, and OpenGL: MUJOCO_GL=egl or osmesa without a screen.
 set -euo pipefail
 
 FOLDER=${1:-runs/nano}
 read -ra SUITES <<<"${SUITES:-libero_spatial libero_object}"
-TASKS=${TASKS:-all} DEMOS=${DEMOS:-30} STEPS=${STEPS:-8000} BATCH=${BATCH:-16} EVAL=${EVAL:-0-9} DEVICE=${DEVICE:-cpu}
-WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
+TASKS=${TASKS:-all} DEMOS=${DEMOS:-30} STEPS=${STEPS:-8000} BATCH=${BATCH:-16} LEAD=${LEAD:-120} EVAL=${EVAL:-0-9}
+DEVICE=${DEVICE:-cpu} WORKERS=${WORKERS:-$(getconf _NPROCESSORS_ONLN)}
 export MUJOCO_GL=${MUJOCO_GL:-egl}
 export MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=8000000000  # keep what is freed: twice as fast on a CPU
 
@@ -45,7 +45,8 @@ demonstrate "$FOLDER/demos" --random "$DEMOS" --push 0.04
 train "$FOLDER/base" "$FOLDER/first" 3e-4 "${DATA[@]}"
 
 # 3. Where that policy gets to, the expert shows how to go on; the policy learns from both
-demonstrate "$FOLDER/led" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged"
+demonstrate "$FOLDER/led" --random $(((DEMOS * 3 + 4) / 5)) --seed 2000 --push 0.02 --lead "$FOLDER/first/merged" \
+  --lead-steps "$LEAD"
 train "$FOLDER/first/merged" "$FOLDER/run" 2.5e-4 "${DATA[@]}"
 
 # 4. What is published, in bfloat16; in the simulator, with the official renderer, from the official initial states, and

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -238,6 +239,27 @@ def test_where_a_policy_led_the_expert_goes_on(tmp_path):
     start.close()
 
 
+def test_a_policy_leads_for_as_long_as_it_may():
+    class Env:
+        def observe(self):
+            return {"images": {"agentview": None}}
+
+        def step(self, action):
+            self.steps += 1
+            return self.steps == self.done_after
+
+    def led(seed: int, done_after: int | None = None) -> tuple[int, bool]:
+        env.steps, env.done_after = 0, done_after
+        done = parts.lead(env, policy, np.random.default_rng(seed), 12)
+        return env.steps, done
+
+    env, policy = Env(), SimpleNamespace(infer=lambda observation: {"actions": np.zeros((8, 7))})
+    assert {led(seed) for seed in range(200)} == {(steps, False) for steps in range(1, 13)}
+    assert {led(seed, done_after=1) for seed in range(20)} == {(1, True)}
+    with pytest.raises(ValueError, match="--lead-steps of 1 or more, got 0"):
+        make.main(["libero_object", "--lead", "policy", "--lead-steps", "0"])
+
+
 @needs_libero
 def test_a_policy_that_needs_no_expert_shows_nothing(env, monkeypatch):
     class Expert:
@@ -245,11 +267,11 @@ def test_a_policy_that_needs_no_expert_shows_nothing(env, monkeypatch):
             return {"actions": played["actions"]}
 
     _, played = play(env, SETTINGS, 10, seed=0)
-    monkeypatch.setattr(parts, "LONGEST_LEAD", 10**6)
-    assert play(env, SETTINGS, 10, 0, Expert()) == ({"success": False, "steps": 0, "no_ops": 0, "alone": True}, {})
+    alone = dataclasses.replace(SETTINGS, lead_steps=10**6)
+    assert play(env, alone, 10, 0, Expert()) == ({"success": False, "steps": 0, "no_ops": 0, "alone": True}, {})
     # nor does one that leads again before the expert has done anything, and does the task then
     leads = iter([False, True])
-    monkeypatch.setattr(parts, "lead", lambda env, policy, rng: next(leads))
+    monkeypatch.setattr(parts, "lead", lambda env, policy, rng, most: next(leads))
     pushed = dataclasses.replace(SETTINGS, push=0.999)
     assert play(env, pushed, 10, 0, Expert()) == ({"success": False, "steps": 0, "no_ops": 0, "alone": True}, {})
 

@@ -23,7 +23,6 @@ from openvla.evaluate.report import tell_differences, write_json
 from openvla.serve.action_queue import ActionQueue
 
 NO_OP = 1e-4  # length of an action's motion, in [-1, 1], up to which it is none
-LONGEST_LEAD = 120  # steps of a policy before the expert takes over
 MOST_PUSHES = 3  # before the first steps that alone are recorded
 
 
@@ -41,6 +40,7 @@ class Settings:
         other_share: of the episodes, those in which the scene is asked for another task of the suite.
         push: probability per step that the arm is pushed off its way, which is not recorded.
         lead: fingerprint of a policy that acts at the start and in place of pushes.
+        lead_steps: the most that it acts at a time.
         shuffle: things change places, too; with `randomize`.
         first: of an episode only so many steps are played and recorded, done or not; None: all. It begins where a
             lead, or none to three pushes, got to.
@@ -59,6 +59,7 @@ class Settings:
     other_share: float = 0.0
     push: float = 0.0
     lead: str | None = None
+    lead_steps: int = 120
     shuffle: bool = False
     first: int | None = None
 
@@ -93,7 +94,7 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
         raise ValueError(f"{settings.suite} has no cameras {unknown}; it has {list(env.conventions.cameras)}.")
     env.reset(episode, randomize=settings.randomize, **({"shuffle": True} if settings.shuffle else {}))
     pushes, starts = np.random.default_rng([seed, 1]), {0}
-    if policy is not None and lead(env, policy, pushes):
+    if policy is not None and lead(env, policy, pushes, settings.lead_steps):
         return {"success": False, "steps": 0, "no_ops": 0, "alone": True}, {}
     if policy is None and settings.first and settings.push:
         for _ in range(pushes.integers(MOST_PUSHES + 1)):
@@ -107,7 +108,7 @@ def play(env, settings: Settings, episode: int, seed: int, policy=None) -> tuple
             starts.add(len(rows["actions"]))
             if policy is None:
                 _push(env, pushes, rows["actions"][-1][-1] if rows["actions"] else 1.0)
-            elif done := lead(env, policy, pushes):
+            elif done := lead(env, policy, pushes, settings.lead_steps):
                 break
             else:
                 expert = env.expert(seed=seed, noise=settings.noise)
@@ -153,11 +154,11 @@ def draw_push(rng: np.random.Generator, gripper: float) -> np.ndarray:
     return np.repeat(action[None], rng.integers(2, 7), axis=0)
 
 
-def lead(env, policy, rng: np.random.Generator) -> bool:
-    """The policy acts for a while, chunk by chunk, and gets to where policies get to, as in DAgger (Ross et al. 2011,
-    arXiv:1011.0686). Returns whether that did the task."""
+def lead(env, policy, rng: np.random.Generator, most: int) -> bool:
+    """The policy acts for 1 to `most` steps, chunk by chunk, and gets to where policies get to, as in DAgger (Ross et
+    al. 2011, arXiv:1011.0686). Returns whether that did the task."""
     queue = ActionQueue(policy)
-    for _ in range(rng.integers(LONGEST_LEAD) + 1):
+    for _ in range(rng.integers(most) + 1):
         observation = None
         if queue.needs_observation:
             observation = env.observe()
