@@ -256,8 +256,9 @@ def test_a_policy_leads_for_as_long_as_it_may():
     env, policy = Env(), SimpleNamespace(infer=lambda observation: {"actions": np.zeros((8, 7))})
     assert {led(seed) for seed in range(200)} == {(steps, False) for steps in range(1, 13)}
     assert {led(seed, done_after=1) for seed in range(20)} == {(1, True)}
-    with pytest.raises(ValueError, match="--lead-steps of 1 or more, got 0"):
-        make.main(["libero_object", "--lead", "policy", "--lead-steps", "0"])
+    for options in (["--lead", "policy", "--lead-steps", "0"], ["--lead-steps", "8"]):
+        with pytest.raises(ValueError, match="--lead-steps of 1 or more, with --lead, got [08]"):
+            make.main(["libero_object", *options])
 
 
 @needs_libero
@@ -570,19 +571,21 @@ def test_initial_states_of_the_evaluation_are_noted(capsys):
 
 
 @needs_libero
-def test_things_change_places_in_random_placements_alone(tmp_path):
+def test_things_change_places_in_random_placements_alone(tmp_path, capsys):
     for options in (["libero_object", "--episodes", "10"], ["libero_spatial", "--random", "1"], ["metaworld"]):
         with pytest.raises(ValueError, match="--shuffle is for --random placements of libero_object"):
             make.main([*options, "--shuffle", "--out", str(tmp_path / "none")])
     places = {}
-    for name, more in (("plain", []), ("shuffled", ["--shuffle"])):
-        options = ["--random", "2", "--seed", "5", "--first", "1", "--cameras", "none", *more]
+    for name, more in (("plain", ["--first", "1"]), ("shuffled", ["--shuffle"])):
+        options = ["--random", "2", "--seed", "5", "--noise", "0", "--other-share", "1", "--cameras", "none", *more]
         make.main(["libero_object", "--tasks", "3", *options, "--out", str(tmp_path / name)])
         with np.load(tmp_path / name / "meta" / "initial_states.npz") as states:
             things = [states[index][10 : 10 + 7 * 7].reshape(7, 7)[:, :2] for index in "01"]  # behind time and arm
         places[name] = np.array(things)
     np.testing.assert_allclose(*(np.sort(each, axis=1) for each in places.values()), atol=5e-3)  # metres
     assert (np.abs(places["plain"] - places["shuffled"]).max(axis=(1, 2)) > 0.05).all()
+    make.main(["--replay", str(tmp_path / "shuffled")])
+    assert "all      2/2   100%" in capsys.readouterr().out
 
 
 @needs_libero

@@ -72,7 +72,6 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument(
         "--lead-steps",
         type=int,
-        default=120,
         metavar="N",
         help="it acts for 1 to N steps at a time; default: 120; from where an untrained one gets to in so many, the "
         "expert seldom does the task",
@@ -195,8 +194,8 @@ def read_settings(args: argparse.Namespace):
     apart = args.push or args.lead or args.other_share
     if apart and (args.format != "lerobot" or not args.suite.startswith("libero")):
         raise ValueError("--push, --lead and --other-share are for LIBERO's suites, and for --format lerobot.")
-    if args.lead_steps < 1:
-        raise ValueError(f"Expected --lead-steps of 1 or more, got {args.lead_steps}.")
+    if args.lead_steps is not None and (args.lead_steps < 1 or not args.lead):
+        raise ValueError(f"Expected --lead-steps of 1 or more, with --lead, got {args.lead_steps}.")
     if args.first is not None and (args.first < 1 or args.extra_steps):
         raise ValueError(f"Expected --first of 1 or more, without --extra-steps, got {args.first}.")
     if args.first and args.format != "lerobot":
@@ -242,7 +241,7 @@ def read_settings(args: argparse.Namespace):
         extra_steps=args.extra_steps,
         other_share=args.other_share,
         push=args.push,
-        lead_steps=args.lead_steps,
+        lead_steps=args.lead_steps or Settings.lead_steps,
         shuffle=args.shuffle,
         first=args.first,
     )
